@@ -1,0 +1,249 @@
+"""The profile: which release, which kernels, which gates. YAML in, a frozen model out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ProfileError
+from pipeline.model import QUANT_OPS, QuantOp, Shape3
+
+_SHAPE = re.compile(r"^[1-9][0-9]{0,3}x[1-9][0-9]{0,3}x[1-9][0-9]{0,3}$")
+#: A profile's name and a release's name become folder names.
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")
+
+Architecture = Literal["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
+Activation = Literal["fp16", "bf16", "fp8"]
+Weight = Literal["int4", "int8"]
+
+#: What has been proved right on a GPU. The rest of the schema is there to grow into.
+VERIFIED_ARCHITECTURES: tuple[Architecture, ...] = ("sm_90a",)
+VERIFIED_ACTIVATIONS: tuple[Activation, ...] = ("fp16",)
+VERIFIED_WEIGHTS: tuple[Weight, ...] = ("int4",)
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(Model):
+    """A repository: URL or local path, and a tag, branch or commit (None: as pinned)."""
+
+    url: str = Field(min_length=1)
+    ref: str | None = None
+
+    @field_validator("url", "ref")
+    @classmethod
+    def _no_option(cls, value: str | None) -> str | None:
+        if value is not None and (value.startswith("-") or "\0" in value or "\n" in value):
+            raise ValueError("may not start with '-' or hold control characters")
+        return value
+
+
+class Upstream(Model):
+    trtllm: Source
+    cutlass: Source
+
+
+def parse_shape(text: str) -> Shape3:
+    if not _SHAPE.match(text):
+        raise ValueError(f"{text!r} is not a shape such as 128x64x64")
+    first, second, third = (int(extent) for extent in text.split("x"))
+    return first, second, third
+
+
+class Gemm(Model):
+    quant_ops: tuple[QuantOp, ...] = Field(default=QUANT_OPS, min_length=1)
+    tiles: Literal["all"] | tuple[str, ...] = "all"
+    clusters: Literal["all"] | tuple[str, ...] = "all"
+
+    @field_validator("tiles", "clusters")
+    @classmethod
+    def _shapes(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(value, str):
+            if not value:
+                raise ValueError("name at least one, or 'all'")
+            for text in value:
+                parse_shape(text)
+        return value
+
+    @field_validator("quant_ops")
+    @classmethod
+    def _distinct(cls, value: tuple[QuantOp, ...]) -> tuple[QuantOp, ...]:
+        return _without_repeats(value)
+
+
+class MRange(Model):
+    first: int = Field(alias="from", ge=1, le=15)
+    last: int = Field(alias="to", ge=1, le=15)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MRange:
+        if self.last < self.first:
+            raise ValueError("'to' is below 'from'")
+        return self
+
+
+class GemvChoice(Model):
+    """CUDA-core GEMV kernels; upstream has them for M 1 to 15 and groups 64 and 128."""
+
+    m: MRange = Field(default_factory=lambda: MRange.model_validate({"from": 1, "to": 15}))
+    groups: tuple[Literal[64, 128], ...] = (64, 128)
+    per_column: bool = True
+    zeros: tuple[bool, ...] = (False, True)
+    bias: tuple[bool, ...] = (False, True)
+
+    @field_validator("groups", "zeros", "bias")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _without_repeats(value)
+
+
+class BuildChoice(Model):
+    compress: Literal["size", "speed", "balance", "default", "none"] = "size"
+    static: bool = True
+    shared: bool = True
+
+    @model_validator(mode="after")
+    def _something(self) -> BuildChoice:
+        if not (self.static or self.shared):
+            raise ValueError("turn on 'static', 'shared' or both")
+        return self
+
+
+class Gates(Model):
+    """Limits that fail the run when the built library passes them."""
+
+    library_bytes: int = Field(default=5_000_000, gt=0)
+    spill_bytes: int = Field(default=0, ge=0)
+    gemm_sass: tuple[str, ...] = ("HGMMA", "UTMALDG")
+
+
+class Profile(Model):
+    name: str
+    upstream: Upstream
+    architecture: Architecture = "sm_90a"
+    activation: Activation = "fp16"
+    weight: Weight = "int4"
+    gemm: Gemm = Field(default_factory=Gemm)
+    gemv: GemvChoice | None = None
+    build: BuildChoice = Field(default_factory=BuildChoice)
+    gates: Gates = Field(default_factory=Gates)
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError("a profile's name is also a folder's: letters, digits, '.', '_', '-'")
+        return value
+
+    @model_validator(mode="after")
+    def _verified(self) -> Profile:
+        for label, value, verified in (
+            ("architecture", self.architecture, VERIFIED_ARCHITECTURES),
+            ("activation", self.activation, VERIFIED_ACTIVATIONS),
+            ("weight", self.weight, VERIFIED_WEIGHTS),
+        ):
+            if value not in verified:
+                raise ValueError(
+                    f"{label} {value} is not verified yet; verified today: {', '.join(verified)}"
+                )
+        if self.upstream.trtllm.ref is None:
+            raise ValueError("upstream.trtllm.ref: name a tag, branch or commit")
+        return self
+
+    @property
+    def sm(self) -> int:
+        """The architecture as a number, e.g. 90."""
+        return int(re.sub(r"\D", "", self.architecture))
+
+    def wants_tile(self, shape: str) -> bool:
+        return self.gemm.tiles == "all" or shape in self.gemm.tiles
+
+    def wants_cluster(self, shape: str) -> bool:
+        return self.gemm.clusters == "all" or shape in self.gemm.clusters
+
+
+T = TypeVar("T")
+
+
+def _without_repeats(values: tuple[T, ...]) -> tuple[T, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("an entry is given twice")
+    return values
+
+
+def load_profile(path: Path) -> Profile:
+    return load_yaml_model(path, Profile, what="profile")
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_yaml_model(path: Path, model: type[M], *, what: str) -> M:
+    """Read ``path`` into ``model``; every fault becomes one ProfileError that names the key."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProfileError(
+            f"{what} {path} does not exist",
+            hint="give an existing file with --config; configs/ holds the ones that ship",
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ProfileError(
+            f"{what} {path} cannot be read", details=str(error), hint="mend the file's YAML"
+        ) from error
+    if not isinstance(data, dict):
+        raise ProfileError(
+            f"{what} {path} holds no mapping", hint="compare with configs/w4a16-sm90.yaml"
+        )
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(fault, model) for fault in error.errors()]
+        raise ProfileError(
+            f"{what} {path} is not valid",
+            details="\n".join(f"  {line}" for line in lines),
+            hint="mend the named keys; configs/w4a16-sm90.yaml shows every key",
+        ) from error
+
+
+def _explain(fault: Any, model: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+    if fault["type"] != "extra_forbidden":
+        return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+    name = str(fault["loc"][-1])
+    known = sorted(_keys_at(model, fault["loc"][:-1]))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    suggestion = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"{place}: unknown key; {suggestion}"
+
+
+def _keys_at(model: type[BaseModel], path: Iterable[Any]) -> set[str]:
+    """The YAML keys that the model at ``path`` below ``model`` knows."""
+    current = [model]
+    for part in path:
+        following: list[type[BaseModel]] = []
+        for candidate in current:
+            for name, info in candidate.model_fields.items():
+                if part in (name, info.alias):
+                    following += _models_in(info.annotation)
+        current = following or current
+    return {
+        info.alias or name for candidate in current for name, info in candidate.model_fields.items()
+    }
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    found: list[type[BaseModel]] = []
+    for argument in getattr(annotation, "__args__", ()):
+        found += _models_in(argument)
+    return found

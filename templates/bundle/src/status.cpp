@@ -1,0 +1,60 @@
+// Rendered from templates/bundle/src/status.cpp; do not edit.
+
+// The last error of each thread, and the names of the status codes.
+
+#include "status.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace w4a16 {
+namespace {
+
+// A fixed buffer: reporting an error must not fail.
+thread_local char last_error[768];
+
+} // namespace
+
+w4a16_status fail(w4a16_status status, const char *format, ...) {
+    std::va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(last_error, sizeof last_error, format, arguments);
+    va_end(arguments);
+    return status;
+}
+
+} // namespace w4a16
+
+const char *w4a16_last_error(void) {
+    return w4a16::last_error;
+}
+
+const char *w4a16_status_name(w4a16_status status) {
+    switch (status) {
+    case W4A16_OK:
+        return "W4A16_OK";
+    case W4A16_ERROR_INVALID_ARGUMENT:
+        return "W4A16_ERROR_INVALID_ARGUMENT";
+    case W4A16_ERROR_MISALIGNED:
+        return "W4A16_ERROR_MISALIGNED";
+    case W4A16_ERROR_UNSUPPORTED:
+        return "W4A16_ERROR_UNSUPPORTED";
+    case W4A16_ERROR_UNKNOWN_TACTIC:
+        return "W4A16_ERROR_UNKNOWN_TACTIC";
+    case W4A16_ERROR_WORKSPACE:
+        return "W4A16_ERROR_WORKSPACE";
+    case W4A16_ERROR_NO_DEVICE:
+        return "W4A16_ERROR_NO_DEVICE";
+    case W4A16_ERROR_OLD_DRIVER:
+        return "W4A16_ERROR_OLD_DRIVER";
+    case W4A16_ERROR_WRONG_DEVICE:
+        return "W4A16_ERROR_WRONG_DEVICE";
+    case W4A16_ERROR_CUDA:
+        return "W4A16_ERROR_CUDA";
+    case W4A16_ERROR_OUT_OF_MEMORY:
+        return "W4A16_ERROR_OUT_OF_MEMORY";
+    case W4A16_ERROR_INTERNAL:
+        return "W4A16_ERROR_INTERNAL";
+    }
+    return "unknown status";
+}

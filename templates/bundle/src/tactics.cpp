@@ -1,0 +1,338 @@
+// Rendered from templates/bundle/src/tactics.cpp; do not edit.
+
+// What each tactic can do, and the rule that picks one.
+
+#include "tactics.h"
+
+#include "config.h"
+#include "status.h"
+
+#include <algorithm>
+#include <climits>
+#include <cstdlib>
+
+namespace w4a16 {
+namespace {
+
+const char *const quant_op_names[quant_op_count] = {"per_column", "group_scale", "group_scale_zero"};
+
+constexpr int sm90_largest_grid_y = 65535;
+
+int gemm_count() {
+    return gemm_tactics.count;
+}
+
+// TMA wants 16-byte strides: 8 halves of scales, bias and output (N), 32 nibbles of weights (K).  The tile's K, 64, is
+// also the unit of group sizes and of the packed layouts.
+constexpr int column_unit = 8;
+constexpr int depth_unit = 64;
+
+// Null if no family fits; then `status` says why.
+const GemvFamily *find_family(const Problem &problem, w4a16_status &status) {
+    const int group_size = problem.quant_op == W4A16_PER_COLUMN ? 0 : problem.group_size;
+    const GemvFamily *found = nullptr;
+    for (const GemvFamily &family : gemv_families) {
+        if (family.quant_op == problem.quant_op && family.group_size == group_size
+            && family.bias == problem.has_bias) {
+            found = &family;
+        }
+    }
+    if (found == nullptr) {
+        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for %s, group size %d, %s bias",
+            quant_op_names[problem.quant_op], group_size, problem.has_bias ? "with" : "without");
+        return nullptr;
+    }
+    if (problem.m >= 64 || (found->rows >> problem.m & 1) == 0) {
+        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for M = %d", problem.m);
+        return nullptr;
+    }
+    if (problem.n % found->columns_per_cta != 0 || problem.n / found->columns_per_cta > sm90_largest_grid_y) {
+        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: N = %d must be a multiple of %d and at most %d", problem.n,
+            found->columns_per_cta, found->columns_per_cta * sm90_largest_grid_y);
+        return nullptr;
+    }
+    // The kernel's offsets are ints that count elements.
+    if (static_cast<std::int64_t>(problem.n) * problem.k > INT_MAX) {
+        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: N * K = %lld is beyond the %d that its 32-bit offsets reach",
+            static_cast<long long>(problem.n) * problem.k, INT_MAX);
+        return nullptr;
+    }
+    status = W4A16_OK;
+    return found;
+}
+
+w4a16_status gemm_supports(const GemmTactic &tactic, const Problem &problem) {
+    if (tactic.launch[problem.quant_op] == nullptr) {
+        return fail(W4A16_ERROR_UNSUPPORTED, "%s: this build has no %s kernel", tactic.name,
+            quant_op_names[problem.quant_op]);
+    }
+    if (problem.quant_op != W4A16_PER_COLUMN && problem.group_size % tactic.tile[2] != 0) {
+        return fail(W4A16_ERROR_UNSUPPORTED, "%s: group size %d is not a multiple of %d", tactic.name,
+            problem.group_size, tactic.tile[2]);
+    }
+    // The scheduler counts tiles in 32 bits.
+    const std::int64_t tiles = (problem.n / tactic.tile[0] + 2ll) * (problem.m / tactic.tile[1] + 2ll);
+    if (tiles > INT_MAX) {
+        return fail(W4A16_ERROR_UNSUPPORTED, "%s: M = %d and N = %d make more tiles than its scheduler can count",
+            tactic.name, problem.m, problem.n);
+    }
+    return W4A16_OK;
+}
+
+// The smallest tile extent (a power of two from 16) that covers `rows`, at most `largest`.
+int covering_tile(int rows, int largest) {
+    int tile = 16;
+    while (tile < rows && tile < largest) {
+        tile *= 2;
+    }
+    return tile;
+}
+
+// Within one wave of the SMs, but not by much.
+bool fills_one_wave(std::int64_t ctas, int sm_count) {
+    return ctas <= sm_count && 4 * ctas > 3 * static_cast<std::int64_t>(sm_count);
+}
+
+std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit;
+}
+
+// The CTA tile (over N and M) that w4a16.h states.
+void preferred_tile(const Problem &problem, int sm_count, int &tile_n, int &tile_m) {
+    const int half = covering_tile(problem.m / 2, 256);
+    if (fills_one_wave(ceil_div(problem.n, 64) * ceil_div(problem.m, half), sm_count)
+        && (problem.k <= 8192 || problem.m >= 512)) {
+        tile_n = 64;
+        tile_m = half;
+        return;
+    }
+    tile_n = 128;
+    tile_m = covering_tile(problem.m, 128);
+    if (problem.m > 128 && 4 * ceil_div(problem.n, 128) * ceil_div(problem.m, 256) > 3ll * sm_count) {
+        tile_m = 256;
+    }
+}
+
+bool gemv_preferred(const Problem &problem) {
+    const std::int64_t weights = static_cast<std::int64_t>(problem.n) * problem.k;
+    if (problem.quant_op == W4A16_GROUP_SCALE_ZERO) {
+        return problem.k <= 4096
+            && (problem.m <= 2 || (problem.m <= 4 && weights <= 32000000) || (problem.m <= 6 && weights <= 24000000));
+    }
+    return problem.m <= 2 || (problem.m <= 4 && weights <= 100000000) || (problem.m <= 8 && weights <= 32000000);
+}
+
+// How far a tactic is from the wanted tile: the row tile counts most, then the column tile, then the cluster.
+int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
+    int steps = 0;
+    for (int tile = std::min(tile_m, tactic.tile[1]); tile < std::max(tile_m, tactic.tile[1]); tile *= 2) {
+        ++steps;
+    }
+    const int cluster = tactic.cluster[0] * tactic.cluster[1] * tactic.cluster[2];
+    return 16 * steps + (tactic.tile[0] != tile_n ? 8 : 0) + cluster - 1;
+}
+
+} // namespace
+
+w4a16_status check_problem(const w4a16_problem *given, Problem &problem) {
+    if (const w4a16_status status = check_input(given, "problem"); status != W4A16_OK) {
+        return status;
+    }
+    if (given->quant_op < 0 || given->quant_op >= quant_op_count) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "quant_op is %d, expected a w4a16_quant_op (0 to %d)",
+            static_cast<int>(given->quant_op), quant_op_count - 1);
+    }
+    if (given->reserved != 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "problem->reserved is %d, expected 0", static_cast<int>(given->reserved));
+    }
+    if (given->has_bias != 0 && given->has_bias != 1) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "has_bias is %d, expected 0 or 1", static_cast<int>(given->has_bias));
+    }
+    const auto out_of_range = [](std::int64_t value, std::int64_t least) { return value < least || value > INT_MAX; };
+    if (out_of_range(given->m, 0)) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "M is %lld, expected 0 to %d", static_cast<long long>(given->m), INT_MAX);
+    }
+    if (out_of_range(given->n, column_unit) || given->n % column_unit != 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "N is %lld, expected a positive multiple of %d up to %d",
+            static_cast<long long>(given->n), column_unit, INT_MAX);
+    }
+    if (out_of_range(given->k, depth_unit) || given->k % depth_unit != 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "K is %lld, expected a positive multiple of %d up to %d",
+            static_cast<long long>(given->k), depth_unit, INT_MAX);
+    }
+    const bool per_column = given->quant_op == W4A16_PER_COLUMN;
+    if (per_column && given->group_size != 0 && given->group_size != given->k) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "group_size is %lld, expected 0 or K = %lld for per-column scales",
+            static_cast<long long>(given->group_size), static_cast<long long>(given->k));
+    }
+    if (!per_column && (given->group_size <= 0 || given->k % given->group_size != 0)) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "group_size is %lld, expected a positive divisor of K = %lld",
+            static_cast<long long>(given->group_size), static_cast<long long>(given->k));
+    }
+    problem.quant_op = static_cast<w4a16_quant_op>(given->quant_op);
+    problem.m = static_cast<int>(given->m);
+    problem.n = static_cast<int>(given->n);
+    problem.k = static_cast<int>(given->k);
+    problem.group_size = static_cast<int>(per_column ? given->k : given->group_size);
+    problem.has_bias = given->has_bias != 0;
+    return W4A16_OK;
+}
+
+int tactic_count() {
+    return gemm_count() + (gemv_families.count > 0 ? 1 : 0);
+}
+
+w4a16_status check_tactic(std::int32_t index) {
+    if (index < 0 || index >= tactic_count()) {
+        return fail(W4A16_ERROR_UNKNOWN_TACTIC, "tactic index is %d, expected 0 to %d, or W4A16_AUTO",
+            static_cast<int>(index), tactic_count() - 1);
+    }
+    return W4A16_OK;
+}
+
+bool is_gemv(std::int32_t index) {
+    return index == gemm_count();
+}
+
+w4a16_status supports(std::int32_t index, const Problem &problem) {
+    if (problem.m == 0) {
+        return W4A16_OK; // nothing is launched
+    }
+    if (is_gemv(index)) {
+        w4a16_status status = W4A16_OK;
+        find_family(problem, status);
+        return status;
+    }
+    return gemm_supports(gemm_tactics.first[index], problem);
+}
+
+w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
+    const bool has_gemv = gemv_families.count > 0;
+    if (has_gemv && gemv_preferred(problem) && supports(gemm_count(), problem) == W4A16_OK) {
+        index = gemm_count();
+        return W4A16_OK;
+    }
+    int tile_n = 0;
+    int tile_m = 0;
+    preferred_tile(problem, sm_count, tile_n, tile_m);
+    int best = INT_MAX;
+    w4a16_status status = fail(W4A16_ERROR_UNSUPPORTED, "this build holds no kernel");
+    for (int candidate = 0; candidate < gemm_count(); ++candidate) {
+        const int away = distance(gemm_tactics.first[candidate], tile_n, tile_m);
+        if (away >= best) {
+            continue;
+        }
+        status = supports(candidate, problem);
+        if (status == W4A16_OK) {
+            best = away;
+            index = candidate;
+        }
+    }
+    if (best != INT_MAX) {
+        return W4A16_OK;
+    }
+    // A build without GEMM kernels for this problem may still have the GEMV, slow or not.
+    if (has_gemv && supports(gemm_count(), problem) == W4A16_OK) {
+        index = gemm_count();
+        return W4A16_OK;
+    }
+    return status;
+}
+
+LaunchFunction launch_function(std::int32_t index, const Problem &problem) {
+    if (is_gemv(index)) {
+        w4a16_status status = W4A16_OK;
+        const GemvFamily *family = find_family(problem, status);
+        return family == nullptr ? nullptr : family->launch;
+    }
+    return gemm_tactics.first[index].launch[problem.quant_op];
+}
+
+bool needs_sm_count(std::int32_t index) {
+    return !is_gemv(index) && gemm_tactics.first[index].uses_workspace;
+}
+
+std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count) {
+    if (problem.m == 0 || !needs_sm_count(index)) {
+        return 0;
+    }
+    return gemm_tactics.first[index].workspace[problem.quant_op](problem.m, problem.n, problem.k, sm_count);
+}
+
+} // namespace w4a16
+
+int32_t w4a16_tactic_count(void) {
+    return w4a16::tactic_count();
+}
+
+w4a16_status w4a16_tactic(int32_t index, w4a16_tactic_info *info) {
+    using namespace w4a16;
+    if (const w4a16_status status = check_output(info, "info"); status != W4A16_OK) {
+        return status;
+    }
+    if (const w4a16_status status = check_tactic(index); status != W4A16_OK) {
+        return status;
+    }
+    w4a16_tactic_info found{};
+    found.index = index;
+    if (is_gemv(index)) {
+        found.name = "gemv";
+        found.kind = "gemv";
+        found.schedule = "cuda-core";
+        std::uint64_t rows = 0;
+        int groups = 0;
+        constexpr int most_groups = static_cast<int>(sizeof found.groups / sizeof found.groups[0]) - 1;
+        for (const GemvFamily &family : gemv_families) {
+            rows |= family.rows;
+            found.quant_ops |= 1u << family.quant_op;
+            int32_t *const end = found.groups + groups;
+            if (family.group_size != 0 && groups < most_groups && std::find(found.groups, end, family.group_size) == end) {
+                found.groups[groups++] = family.group_size;
+            }
+        }
+        std::sort(found.groups, found.groups + groups);
+        found.m_min = __builtin_ctzll(rows);
+        found.m_max = 63 - __builtin_clzll(rows);
+    } else {
+        const GemmTactic &tactic = gemm_tactics.first[index];
+        found.name = tactic.name;
+        found.kind = "gemm";
+        found.schedule = tactic.schedule;
+        std::copy(tactic.tile, tactic.tile + 3, found.tile);
+        std::copy(tactic.cluster, tactic.cluster + 3, found.cluster);
+        found.m_min = 1;
+        found.m_max = INT_MAX;
+        for (int quant_op = 0; quant_op < quant_op_count; ++quant_op) {
+            found.quant_ops |= tactic.launch[quant_op] != nullptr ? 1u << quant_op : 0u;
+        }
+        found.group_multiple = tactic.tile[2];
+        found.uses_workspace = tactic.uses_workspace ? 1 : 0;
+    }
+    fill_output(info, found);
+    return W4A16_OK;
+}
+
+w4a16_status w4a16_find_tactic(const char *name, int32_t *index) {
+    using namespace w4a16;
+    if (name == nullptr || index == nullptr) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", name == nullptr ? "name" : "index");
+    }
+    if (std::strcmp(name, "auto") == 0) {
+        *index = W4A16_AUTO;
+        return W4A16_OK;
+    }
+    for (int candidate = 0; candidate < gemm_tactics.count; ++candidate) {
+        if (std::strcmp(name, gemm_tactics.first[candidate].name) == 0) {
+            *index = candidate;
+            return W4A16_OK;
+        }
+    }
+    if (std::strcmp(name, "gemv") == 0) {
+        if (gemv_families.count == 0) {
+            return fail(W4A16_ERROR_UNKNOWN_TACTIC, "this build has no gemv: %s", config::gemv_reason);
+        }
+        *index = gemm_tactics.count;
+        return W4A16_OK;
+    }
+    return fail(W4A16_ERROR_UNKNOWN_TACTIC, "no tactic is named \"%.100s\"; w4a16_info lists them", name);
+}

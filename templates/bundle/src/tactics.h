@@ -1,0 +1,37 @@
+// Rendered from templates/bundle/src/tactics.h; do not edit.
+
+// Tactics by index and name, what they can do, and which one to take.
+
+#pragma once
+
+#include "kernels.h"
+
+namespace w4a16 {
+
+// A problem whose members were checked by themselves, in the types that kernels take.
+struct Problem {
+    w4a16_quant_op quant_op;
+    int m;
+    int n;
+    int k;
+    int group_size; // K for per column
+    bool has_bias;
+};
+
+w4a16_status check_problem(const w4a16_problem *given, Problem &problem);
+
+// All GEMM tactics in the order of their table, then "gemv" if there is one.
+int tactic_count();
+w4a16_status check_tactic(std::int32_t index);
+bool is_gemv(std::int32_t index);
+
+w4a16_status supports(std::int32_t index, const Problem &problem);
+
+// Never fails where any tactic supports the problem.
+w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index);
+
+LaunchFunction launch_function(std::int32_t index, const Problem &problem);
+bool needs_sm_count(std::int32_t index);
+std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count);
+
+} // namespace w4a16

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tensorrt_llm/kernels/weightOnlyBatchedGemv/kernelDispatcher.h"
+
+namespace tensorrt_llm
+{
+namespace kernels
+{
+namespace weight_only
+{
+INSTANTIATE_WEIGHT_ONLY_CUDA_DISPATCHERS(
+    KernelType::FP16Int4Groupwise, FP16DetailsA, Int4DetailsW, ColumnMajorInterleavedForHopper, true, 64);
+// for W4A8, tilesize is 128
+INSTANTIATE_WEIGHT_ONLY_CUDA_DISPATCHERS(
+    KernelType::FP16Int4Groupwise, FP16DetailsA, Int4DetailsW, ColumnMajorInterleavedForHopper, true, 128);
+} // namespace weight_only
+} // namespace kernels
+} // namespace tensorrt_llm
