@@ -398,7 +398,7 @@ def _figures(work_dir: Path, plan: Plan) -> tuple[UnitFigures, ...]:
         UnitFigures(
             name=unit.name,
             members=unit.members,
-            seconds=round(seconds[by_unit[unit.name]], 1),
+            seconds=round(seconds[by_unit[unit.name]], 2),
             peak_bytes=peaks.get(by_unit[unit.name], 0),
         )
         for unit in plan.units

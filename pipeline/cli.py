@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from pipeline import flow
+from pipeline import produce
 from pipeline.console import Reporter
 from pipeline.errors import ForgeError
-from pipeline.flow import Options
+from pipeline.extract import extract as run_extract
 from pipeline.git import parse_location
 from pipeline.process import terminable
+from pipeline.regenerate import regenerate as move_to
+from pipeline.run import DEFAULT_PROFILE, ROOT, Options, locate_run
 from pipeline.toolchain import Mode
 
 app = typer.Typer(
@@ -24,66 +29,62 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[
-    Path, typer.Option("--config", metavar="FILE", help="Profile: what to extract and build.")
-]
-TrtLlm = Annotated[
-    str | None,
-    typer.Option(
-        "--trtllm",
-        metavar="SRC[@REF]",
-        help="TensorRT-LLM: a git URL or a local repository (bare or not), and a tag, branch or "
-        "commit. Default: as the profile says.",
-    ),
-]
-Cutlass = Annotated[
-    str | None,
-    typer.Option(
-        "--cutlass",
-        metavar="SRC[@REF]",
-        help="CUTLASS, likewise. Default REF: what the release pins.",
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", metavar="DIR", help="Folder of the run. Default: artifacts/PROFILE/RELEASE."
-    ),
-]
-Jobs = Annotated[
-    int | None,
-    typer.Option("--jobs", "-j", min=1, help="Compilers at a time. Default: from cores and memory."),
-]
-Memory = Annotated[
-    float | None,
-    typer.Option("--memory", metavar="GB", min=1.0, help="Memory that compilers may fill."),
-]
-Toolchain = Annotated[
-    str,
-    typer.Option(
-        "--toolchain",
-        metavar="auto|system|pypi",
-        help="Whose CUDA compiler: the machine's, the Python package index's, or the first of "
-        "these that works.",
-    ),
-]
-Vendor = Annotated[
-    Path,
-    typer.Option("--vendor", metavar="DIR", help="Folder of the upstream checkouts and the lock."),
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the commands that are run.")]
-
 
 def _options(
-    config: Path,
-    trtllm: str | None,
-    cutlass: str | None,
-    out: Path | None,
-    jobs: int | None,
-    memory: float | None,
-    toolchain: str,
-    vendor: Path,
-    verbose: bool,
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE", help="Profile: what to extract and build.")
+    ] = DEFAULT_PROFILE,
+    trtllm: Annotated[
+        str | None,
+        typer.Option(
+            "--trtllm",
+            metavar="SRC[@REF]",
+            help="TensorRT-LLM: a git URL or a local repository (bare or not), and a tag, branch "
+            "or commit. Default: as the profile says.",
+        ),
+    ] = None,
+    cutlass: Annotated[
+        str | None,
+        typer.Option(
+            "--cutlass",
+            metavar="SRC[@REF]",
+            help="CUTLASS, likewise. Default REF: what the release pins.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of the run. Default: artifacts/PROFILE/RELEASE."
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", min=1, help="Compilers at a time. Default: from cores and memory."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GB", min=0.1, help="Memory that compilers may fill."),
+    ] = None,
+    toolchain: Annotated[
+        str,
+        typer.Option(
+            "--toolchain",
+            metavar="auto|system|pypi",
+            help="Whose CUDA compiler: the machine's, the Python package index's, or the first "
+            "of these that works.",
+        ),
+    ] = "auto",
+    vendor: Annotated[
+        Path,
+        typer.Option(
+            "--vendor", metavar="DIR", help="Folder of the upstream checkouts and the lock."
+        ),
+    ] = ROOT / "vendor",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show the commands that are run.")
+    ] = False,
 ) -> Options:
     modes: dict[str, Mode] = {"auto": "auto", "system": "system", "pypi": "pypi"}
     if toolchain not in modes:
@@ -103,111 +104,85 @@ def _options(
     )
 
 
-@app.command()
-def extract(
-    config: Config = flow.DEFAULT_PROFILE,
-    trtllm: TrtLlm = None,
-    cutlass: Cutlass = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    toolchain: Toolchain = "auto",
-    vendor: Vendor = flow.ROOT / "vendor",
-    verbose: Verbose = False,
-) -> None:
+def _stage(function: Callable[..., None]) -> Callable[..., None]:
+    """Register ``function(options, reporter, **own)`` as a command with the shared options."""
+    shared = inspect.signature(_options).parameters
+    own = list(inspect.signature(function).parameters.values())[2:]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        options = _options(**{name: values.pop(name) for name in shared})
+        function(options, Reporter(verbose=options.verbose), **values)
+
+    hints = {
+        **get_type_hints(_options, include_extras=True),
+        **get_type_hints(function, include_extras=True),
+    }
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[parameter.name])
+        for parameter in (*own, *shared.values())
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: hints[parameter.name] for parameter in parameters}
+    del command.__wrapped__
+    app.command(name=function.__name__)(command)
+    return command
+
+
+@_stage
+def extract(options: Options, reporter: Reporter) -> None:
     """Fetch a release, generate, select and vendor its kernels, and render the bundle."""
-    options = _options(config, trtllm, cutlass, out, jobs, memory, toolchain, vendor, verbose)
-    reporter = Reporter(verbose=verbose)
-    run, resolved = flow.locate_run(options, reporter)
+    run, resolved = locate_run(options, reporter)
     with run.held():
-        flow.extract(run, resolved)
+        run_extract(run, resolved)
     reporter.say(f"extract: the bundle is {run.source}")
 
 
-@app.command()
+@_stage
 def build(
-    config: Config = flow.DEFAULT_PROFILE,
-    trtllm: TrtLlm = None,
-    cutlass: Cutlass = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    toolchain: Toolchain = "auto",
-    vendor: Vendor = flow.ROOT / "vendor",
-    verbose: Verbose = False,
+    options: Options,
+    reporter: Reporter,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the plan of units, and build nothing.")
     ] = False,
 ) -> None:
     """Compile the bundle, install the library below DIR/dist, and verify it."""
-    options = _options(config, trtllm, cutlass, out, jobs, memory, toolchain, vendor, verbose)
-    reporter = Reporter(verbose=verbose)
-    run, _ = flow.locate_run(options, reporter)
+    run, _ = locate_run(options, reporter)
     with run.held():
         if plan:
-            print(flow.plan(run))
+            print(produce.plan(run))
             return
-        flow.build(run)
-        flow.verify(run)
+        produce.build(run)
+        produce.verify(run)
 
 
-@app.command()
-def verify(
-    config: Config = flow.DEFAULT_PROFILE,
-    trtllm: TrtLlm = None,
-    cutlass: Cutlass = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    toolchain: Toolchain = "auto",
-    vendor: Vendor = flow.ROOT / "vendor",
-    verbose: Verbose = False,
-) -> None:
+@_stage
+def verify(options: Options, reporter: Reporter) -> None:
     """Prove the built library complete (part of build; alone: verify it again)."""
-    options = _options(config, trtllm, cutlass, out, jobs, memory, toolchain, vendor, verbose)
-    reporter = Reporter(verbose=verbose)
-    run, _ = flow.locate_run(options, reporter)
+    run, _ = locate_run(options, reporter)
     with run.held():
-        flow.verify(run)
+        produce.verify(run)
 
 
-@app.command()
-def test(
-    config: Config = flow.DEFAULT_PROFILE,
-    trtllm: TrtLlm = None,
-    cutlass: Cutlass = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    toolchain: Toolchain = "auto",
-    vendor: Vendor = flow.ROOT / "vendor",
-    verbose: Verbose = False,
-) -> None:
+@_stage
+def test(options: Options, reporter: Reporter) -> None:
     """Test the built library: its packing here, and on a GPU each tactic's error and time."""
-    options = _options(config, trtllm, cutlass, out, jobs, memory, toolchain, vendor, verbose)
-    reporter = Reporter(verbose=verbose)
-    run, _ = flow.locate_run(options, reporter)
+    run, _ = locate_run(options, reporter)
     with run.held():
-        flow.test(run)
+        produce.test(run)
 
 
-@app.command()
+@_stage
 def regenerate(
+    options: Options,
+    reporter: Reporter,
     to: Annotated[str, typer.Option("--to", metavar="REF", help="The release to move to.")],
-    config: Config = flow.DEFAULT_PROFILE,
-    trtllm: TrtLlm = None,
-    cutlass: Cutlass = None,
-    out: Out = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    toolchain: Toolchain = "auto",
-    vendor: Vendor = flow.ROOT / "vendor",
-    verbose: Verbose = False,
+    extract_only: Annotated[
+        bool, typer.Option("--extract-only", help="Compare the bundles; build and test nothing.")
+    ] = False,
 ) -> None:
     """Move the lock to another release, make everything anew, and print what changed."""
-    options = _options(config, trtllm, cutlass, out, jobs, memory, toolchain, vendor, verbose)
-    reporter = Reporter(verbose=verbose)
-    print(flow.regenerate(options, reporter, to))
+    print(move_to(options, reporter, to, build=not extract_only), end="")
 
 
 def main() -> NoReturn:

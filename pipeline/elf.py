@@ -75,6 +75,8 @@ def _facts(elf: Any, size: int) -> ElfFacts:
                     undefined[symbol.name] = Undefined(
                         name=symbol.name, weak=bind == "STB_WEAK", library=versions.get(index, "")
                     )
+                elif symbol["st_shndx"] == "SHN_ABS" and symbol["st_size"] == 0:
+                    continue  # the name of a version, not of anything that can be called
                 elif visibility in ("STV_DEFAULT", "STV_PROTECTED"):
                     exported.add(symbol.name)
     return ElfFacts(

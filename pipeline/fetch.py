@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
 from pipeline import releases
 from pipeline.errors import LockError, ReleaseError, SourceError
 from pipeline.files import (
@@ -62,9 +64,7 @@ def wanted_sources(profile: Profile, trtllm: Location | None, cutlass: Location 
     if first.ref is None:
         first = Location(url=first.url, ref=upstream.trtllm.ref, local=first.local)
     second = cutlass or locate(upstream.cutlass.url, upstream.cutlass.ref)
-    return Wanted(
-        trtllm=first, cutlass=second, given=trtllm is not None or cutlass is not None
-    )
+    return Wanted(trtllm=first, cutlass=second, given=trtllm is not None or cutlass is not None)
 
 
 def resolve(wanted: Wanted, table: ReleaseTable, vendor: Path) -> Resolved:
@@ -108,7 +108,7 @@ def fetch(
     The profile's own sources are held to ``vendor/upstream.lock.yaml``, given ones to the lock
     that their first run left in ``run_dir``. ``allow_moved`` is for ``regenerate``.
     """
-    entry = releases.entry_for(table, releases.Version(resolved.version))
+    entry = releases.entry_for(table, Version(resolved.version))
     wanted = resolved.wanted
     with _vendor_lock(vendor):
         trtllm = _check_out(

@@ -69,18 +69,30 @@ def tree_digest(root: Path) -> str:
 def relative_inside(text: str, *, what: str) -> PurePosixPath:
     """Check that an untrusted relative path stays below the folder it is relative to."""
     path = PurePosixPath(text)
-    if not text or "\0" in text or "\\" in text or path.is_absolute() or ".." in path.parts:
+    strange = not text.isprintable() or "\\" in text
+    if not text or strange or path.is_absolute() or ".." in path.parts:
         raise PathError(
             f"{what} {text!r} leads outside its folder",
-            hint="give a relative path without '..' parts",
+            hint="give a relative path without '..' parts and control characters",
         )
     return path
+
+
+def stays_inside(root: Path, path: Path) -> bool:
+    """Whether ``path``, all links followed, is below ``root``; links in a circle are not."""
+    try:
+        target = path.resolve(strict=True)
+    except FileNotFoundError:
+        target = path.resolve()
+    except (OSError, RuntimeError):
+        return False
+    return target.is_relative_to(root.resolve())
 
 
 def resolve_inside(root: Path, relative: str, *, what: str) -> Path:
     """Resolve ``relative`` below ``root``; a link on the way that leads outside is refused."""
     candidate = root / relative_inside(relative, what=what)
-    if not candidate.resolve().is_relative_to(root.resolve()):
+    if not stays_inside(root, candidate):
         raise PathError(
             f"{what} {relative!r} is a link that leads outside {root.name}",
             hint="upstream trees may not hold links to places outside themselves",
@@ -95,8 +107,8 @@ def write_bytes(path: Path, data: bytes) -> bool:
             return False
     except OSError:
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise _no_room(path, error) from error
@@ -149,8 +161,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     If the block raises or the process dies, ``target`` still holds what it held before. The
     moment between the two renames is covered by :func:`recover_folder`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new-"))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.new-"))
+    except OSError as error:
+        raise _no_room(target, error) from error
     try:
         fresh.chmod(0o755)
         yield fresh
@@ -158,7 +173,12 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         remove_tree(old)
         if target.exists():
             target.rename(old)
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         remove_tree(old)
     except OSError as error:
         remove_tree(fresh)

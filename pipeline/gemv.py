@@ -37,7 +37,8 @@ class _Instance:
 
     @property
     def details(self) -> str:
-        return f"KernelDetails<{self.act}, {self.weight}, {self.layout}, {self.converted}, {self.k_tile}>"
+        types = f"{self.act}, {self.weight}, {self.layout}"
+        return f"KernelDetails<{types}, {self.converted}, {self.k_tile}>"
 
 
 def select(profile: Profile, facts: ReleaseFacts, checkout: Path) -> Gemv:
@@ -146,9 +147,7 @@ def _families(
                 hint="turn it off under gemv in the profile",
             )
         kernels = tuple(
-            kernel
-            for kernel in tables[zero]
-            if choice.m.first <= kernel.m <= choice.m.last
+            kernel for kernel in tables[zero] if choice.m.first <= kernel.m <= choice.m.last
         )
         for bias in choice.bias:
             shown_group = f"_g{group}" if group else ""

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from git import Git, GitCommandError, GitCommandNotFound
+# GitPython looks for git when it is imported; that it is missing is said by Repository.open.
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+from git import Git, GitCommandError  # noqa: E402
 
-from pipeline.errors import PathError, SourceError
+from pipeline.errors import PathError, SourceError  # noqa: E402
+from pipeline.files import stays_inside  # noqa: E402
 
 #: The user's configuration must not change what is checked out or run anything.
 _CONFIG = {
     "advice.detachedHead": "false",
+    "core.attributesFile": os.devnull,
     "core.autocrlf": "false",
     "core.fsmonitor": "false",
     "core.hooksPath": os.devnull,
@@ -49,10 +53,13 @@ class Location:
 def parse_location(text: str) -> Location:
     """Read ``SRC[@REF]`` as the command line takes it; SRC is a URL or a local repository."""
     url, ref = text, None
-    if not Path(text).exists() and "@" in text:
+    path = text.removeprefix("file://")
+    if not os.path.exists(path) and "@" in path:
         left, _, right = text.rpartition("@")
-        # git@host:path has its '@' before a ':'; no ref name holds a ':'.
-        if left and right and ":" not in right:
+        # The '@' of git@host:path stands before a ':', which no ref holds, and that of
+        # ssh://git@host/path before the first '/' of what follows the scheme.
+        in_host = "://" in left and "/" not in left.partition("://")[2]
+        if left and right and ":" not in right and not in_host:
             url, ref = left, right
     return locate(url, ref)
 
@@ -61,8 +68,8 @@ def locate(url: str, ref: str | None) -> Location:
     remote = "://" in url or re.match(r"^[\w.-]+@[\w.-]+:", url) is not None
     if remote and not url.startswith("file://"):
         return Location(url=url, ref=ref, local=False)
-    path = Path(url.removeprefix("file://")).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(url.removeprefix("file://")))
+    if not os.path.exists(path):
         raise SourceError(
             f"there is no repository at {url}",
             hint="give a git URL or a local repository as SRC[@REF]",
@@ -78,6 +85,8 @@ class Repository:
         self.location = location
         self._git = Git(str(folder))
         self._git.update_environment(
+            GIT_DIR=str(folder.absolute()),  # a hook that runs us has its own repository in it
+            GIT_ATTR_NOSYSTEM="1",
             GIT_CONFIG_NOSYSTEM="1",
             GIT_CONFIG_GLOBAL=os.devnull,
             GIT_TERMINAL_PROMPT="0",
@@ -89,6 +98,8 @@ class Repository:
 
     def open(self) -> Repository:
         """Create or refresh the store."""
+        if shutil.which("git") is None:
+            raise SourceError("git is not installed", hint="install git 2.36 or later")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "HEAD").exists():
             self._run("init", "--bare", "--quiet", ".")
@@ -213,8 +224,6 @@ class Repository:
     def _run(self, *arguments: str) -> str:
         try:
             return str(self._git.execute(["git", *arguments]))
-        except GitCommandNotFound as error:
-            raise SourceError("git is not installed", hint="install git 2.36 or later") from error
         except GitCommandError as error:
             raise SourceError(
                 f"git {arguments[0]} failed on {self.location.shown}",
@@ -225,11 +234,10 @@ class Repository:
 
 def _refuse_leading_links(root: Path) -> None:
     """A link in an upstream tree may point inside that tree only."""
-    inside = root.resolve()
     for folder, folders, names in os.walk(root, followlinks=False):
         for name in (*folders, *names):
             path = Path(folder, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            if path.is_symlink() and not stays_inside(root, path):
                 shown = path.relative_to(root).as_posix()
                 shutil.rmtree(root, ignore_errors=True)
                 raise PathError(

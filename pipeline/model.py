@@ -75,7 +75,7 @@ class Instantiation:
     """Generated file, relative to the generator's output folder."""
     line: int
     text: str
-    """The statement, verbatim, from ``template`` to ``;``."""
+    """The statement as it stands, without comments, from ``template`` to ``;``."""
     include: tuple[str, ...]
     """Headers that the origin includes, in order."""
     open_scope: str

@@ -15,6 +15,12 @@ from pipeline.model import Selection
 Kind = Literal["gemm", "gemv", "cuda", "cxx"]
 GB = 1_000_000_000
 
+#: The bundle's object libraries whose sources may be compiled together.
+UNITY_TARGETS: dict[Kind, str] = {"gemm": "w4a16_gemm", "gemv": "w4a16_gemv"}
+
+#: The order of the bundle's targets, which is the order in which Ninja starts them.
+_ORDER: dict[Kind, int] = {"cxx": 0, "cuda": 1, "gemm": 2, "gemv": 3}
+
 
 @dataclass(frozen=True, kw_only=True)
 class KindCosts:
@@ -116,7 +122,7 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The units, longest first, and what building them from nothing should cost."""
+    """The units, in the order they are started, and what building them from nothing should cost."""
 
     units: tuple[Unit, ...]
     jobs: int
@@ -196,17 +202,23 @@ def plan_from_json(data: Mapping[str, Any]) -> Plan:
 def render_unity_plan(plan: Plan) -> str:
     """The file for the bundle's ``-DW4A16_UNITY_PLAN=FILE``: which sources share a unity source.
 
-    It names members and groups only, so it changes only when they do.
+    It names members and groups only, in one order, so it changes only when they do.
     """
-    lines = [
-        "# Written by pipeline/plan.py: the sources that are compiled together on this machine.",
-        "set_target_properties(w4a16_objects PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)",
-    ]
-    for unit in sorted(plan.units, key=lambda unit: unit.name):
-        if len(unit.members) > 1:
+    lines = ["# Written by pipeline/plan.py: the sources that are compiled together here."]
+    for kind, target in UNITY_TARGETS.items():
+        units = sorted(
+            (unit for unit in plan.units if unit.kind == kind and len(unit.members) > 1),
+            key=lambda unit: unit.name,
+        )
+        if not units:
+            continue
+        lines.append(
+            f"set_target_properties({target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)"
+        )
+        for unit in units:
             lines.append("set_property(SOURCE")
             lines += [f'  "{path}"' for path in unit.members]
-            lines.append(f"  TARGET_DIRECTORY w4a16_objects PROPERTY UNITY_GROUP {unit.name})")
+            lines.append(f"  TARGET_DIRECTORY {target} PROPERTY UNITY_GROUP {unit.name})")
     return "\n".join(lines) + "\n"
 
 
@@ -307,7 +319,7 @@ def _jobs_that_fit(units: Sequence[Unit], most: int, memory_bytes: int) -> int:
 def _finished(
     units: Iterable[Unit], most_jobs: int, memory_bytes: int, costs: Costs
 ) -> Plan | None:
-    ordered = tuple(sorted(units, key=lambda unit: (-unit.seconds, unit.name)))
+    ordered = tuple(sorted(units, key=lambda unit: (_ORDER[unit.kind], -unit.seconds, unit.name)))
     jobs = _jobs_that_fit(ordered, most_jobs, memory_bytes)
     if jobs == 0:
         return None

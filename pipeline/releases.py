@@ -32,6 +32,8 @@ class Launcher(Model):
     function: str
     namespace: str
     defines: tuple[str, ...] = ()
+    stream_k: bool
+    sm90_layout: Literal["signed", "permuted"]
 
 
 class GemvSource(Model):
@@ -93,9 +95,7 @@ class ReleaseFacts:
     paths: tuple[str, ...]
     script: str
     options: tuple[str, ...]
-    launcher: str
-    namespace: str
-    defines: tuple[str, ...]
+    launcher: Launcher
     include_dirs: tuple[str, ...]
     cutlass_include_dirs: tuple[str, ...]
     link_sources: tuple[str, ...]
@@ -152,9 +152,7 @@ def facts_of(table: ReleaseTable, entry: Known | Unknown, checkout: Path) -> Rel
         paths=entry.paths,
         script=script,
         options=options,
-        launcher=entry.launcher.function,
-        namespace=entry.launcher.namespace,
-        defines=entry.launcher.defines,
+        launcher=entry.launcher,
         include_dirs=entry.include_dirs,
         cutlass_include_dirs=table.cutlass_include_dirs,
         link_sources=tuple(p for p in entry.link_sources if (checkout / p).is_file()),

@@ -36,15 +36,13 @@ _QUANT_OP: dict[str, QuantOp] = {
 _USUAL_SCHEDULE = {64: "pingpong", 128: "cooperative"}
 
 
-def select(
-    profile: Profile, facts: ReleaseFacts, tree: GeneratedTree, checkout: Path
-) -> Selection:
+def select(profile: Profile, facts: ReleaseFacts, tree: GeneratedTree, checkout: Path) -> Selection:
     """Parse all that the generator wrote and keep, one by one, what the profile asks for."""
     parsed: list[Instantiation] = []
     ignored: list[Dropped] = []
     for name in sorted(tree.files):
         text = (Path(tree.folder) / name).read_text(encoding="utf-8")
-        file = parse_file(text, origin=name, launcher=facts.launcher)
+        file = parse_file(text, origin=name, launcher=facts.launcher.function)
         parsed += file.instantiations
         if not file.instantiations:
             what = ", ".join(file.others) or "no instantiation"
@@ -137,9 +135,7 @@ def _order(profile: Profile, kernel: GemmKernel) -> tuple[int, tuple[int, ...], 
     return profile.gemm.quant_ops.index(kernel.quant_op), found.cta, found.cluster
 
 
-def _require_sound(
-    profile: Profile, kept: list[GemmKernel], parsed: list[Instantiation]
-) -> None:
+def _require_sound(profile: Profile, kept: list[GemmKernel], parsed: list[Instantiation]) -> None:
     if not kept:
         raise SelectError(
             f"none of {len(parsed)} instantiations is one that the profile keeps",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_jsonable_python
 
 from pipeline.files import digest_json, read_json, sha256_file, tree_digest, write_json
-from pipeline.model import to_json
 from pipeline.profile import Model
 
 R = TypeVar("R")
@@ -57,7 +57,7 @@ class Stages:
         ``outputs`` are the files and folders that the stage writes; their content is part of
         what is compared, so that a damaged result is noticed and made again.
         """
-        key = digest_json(to_json_inputs(inputs))
+        key = digest_json(to_jsonable_python(inputs))
         stamp = self._stamp(stage)
         if stamp is not None and stamp.inputs == key:
             if stamp.outputs == self._digests(outputs):
@@ -110,14 +110,3 @@ class Stages:
                 found[name] = "absent"
         return found
 
-
-def to_json_inputs(inputs: Mapping[str, Any]) -> Any:
-    """Inputs as plain data; dataclasses and models by their content."""
-    return {
-        name: value.model_dump()
-        if isinstance(value, Model)
-        else to_json(value)
-        if hasattr(value, "__dataclass_fields__")
-        else value
-        for name, value in inputs.items()
-    }

@@ -1,4 +1,4 @@
-"""Stage 4, vendor: ask the compiler which upstream files the kept kernels include, and no others."""
+"""Stage 4, vendor: the upstream files that the kept kernels include, asked of the compiler."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Probe:
 
 
 def include_dirs(facts: ReleaseFacts) -> tuple[str, ...]:
-    """Include folders of the vendored trees, relative to the bundle, in order."""
+    """Include folders of the bundle for upstream's code, in order; the stand-ins come first."""
     return (
+        "shims",
         *(f"{TRTLLM}/{folder}" for folder in facts.include_dirs),
         *(f"{CUTLASS}/{folder}" for folder in facts.cutlass_include_dirs),
     )
@@ -77,7 +78,7 @@ def close(
         "-std=c++17",
         f"-gencode={gencode}",
         "-DNDEBUG",
-        *(f"-D{name}" for name in facts.defines),
+        *(f"-D{name}" for name in facts.launcher.defines),
         *(f"-I{folder}" for folder in includes),
         "-M",
     ]
@@ -93,7 +94,9 @@ def close(
         for name, path in sorted({*needed, *(("trtllm", path.resolve()) for path in upstream)})
     ]
     files += [
-        VendoredFile(path=target, origin=f"{name}:{source}", sha256=sha256_file(roots[name] / source))
+        VendoredFile(
+            path=target, origin=f"{name}:{source}", sha256=sha256_file(roots[name] / source)
+        )
         for (name, source), target in _LICENSES.items()
     ]
     read = {path.relative_to(scratch.resolve()).as_posix() for path in _below(found, scratch)}
@@ -115,7 +118,7 @@ def _headers(
     command: Sequence[str | Path], start: Path, toolchain: Toolchain, show: Printer | None
 ) -> set[Path]:
     try:
-        finished = run(command, env=toolchain.env, show=show, separate_stderr=True)
+        finished = run(command, env=toolchain.env(), show=show, separate_stderr=True)
     except CommandError as error:
         missing = re.search(r"fatal error: ([^:\n]+): No such file", error.output)
         what = f"{start.name} includes {missing.group(1)}" if missing else f"{start.name} fails"

@@ -24,13 +24,13 @@ from pipeline.toolchain import Toolchain, _find_cmake, _find_ninja
 CMAKE = """\
 cmake_minimum_required(VERSION 3.25)
 project(toy CXX)
-add_library(w4a16_objects OBJECT src/a.cpp src/b.cpp src/c.cpp src/d.cpp)
-set_target_properties(w4a16_objects PROPERTIES POSITION_INDEPENDENT_CODE ON)
+add_library(w4a16_gemm OBJECT src/a.cpp src/b.cpp src/c.cpp src/d.cpp)
+set_target_properties(w4a16_gemm PROPERTIES POSITION_INDEPENDENT_CODE ON)
 if(W4A16_UNITY_PLAN)
   include(${W4A16_UNITY_PLAN})
 endif()
 add_library(toy SHARED)
-target_link_libraries(toy PRIVATE w4a16_objects)
+target_link_libraries(toy PRIVATE w4a16_gemm)
 install(TARGETS toy LIBRARY DESTINATION lib)
 """
 
@@ -257,7 +257,7 @@ def test_an_ordinary_error_is_not_taken_for_want_of_memory() -> None:
 
 
 def test_objects_are_shown_under_the_names_of_the_plan(plan: Plan) -> None:
-    folder = "CMakeFiles/w4a16_objects.dir"
+    folder = "CMakeFiles/w4a16_gemm.dir"
     assert unit_name(f"{folder}/Unity/unity_gemm_00_cu.cu.o", plan) == "gemm_00"
     assert unit_name(f"{folder}/src/c.cpp.o", plan) == "c.cpp"
     assert unit_name("CMakeFiles/w4a16_info.dir/tools/info.cpp.o", plan) == "info.cpp"

@@ -15,6 +15,9 @@
 #ifndef W4A16_COMPILER
 #define W4A16_COMPILER "unknown"
 #endif
+#ifndef W4A16_COMPRESS
+#define W4A16_COMPRESS "unknown"
+#endif
 
 uint32_t w4a16_api_version(void) {
     return W4A16_API_VERSION;
@@ -39,7 +42,7 @@ w4a16_status w4a16_build_info(w4a16_build *info) {
     build.cutlass_commit = config::cutlass_commit;
     build.bundle_digest = W4A16_BUNDLE_DIGEST;
     build.compiler = W4A16_COMPILER;
-    build.compress = config::compress;
+    build.compress = W4A16_COMPRESS;
     build.cuda_runtime_version = CUDART_VERSION;
     build.tactic_count = tactic_count();
     build.gemv_reason = config::gemv_reason;

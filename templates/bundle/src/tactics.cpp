@@ -1,6 +1,6 @@
 // Rendered from templates/bundle/src/tactics.cpp; do not edit.
 
-// What each tactic can do, and the rule that picks one.
+// What each tactic can do.
 
 #include "tactics.h"
 
@@ -9,56 +9,69 @@
 
 #include <algorithm>
 #include <climits>
-#include <cstdlib>
 
 namespace w4a16 {
 namespace {
 
 const char *const quant_op_names[quant_op_count] = {"per_column", "group_scale", "group_scale_zero"};
 
-constexpr int sm90_largest_grid_y = 65535;
+constexpr int largest_grid_y = 65535;
 
-int gemm_count() {
-    return gemm_tactics.count;
-}
+// GemvFamily::rows has a bit for each M.
+constexpr int largest_gemv_rows = 63;
 
 // TMA wants 16-byte strides: 8 halves of scales, bias and output (N), 32 nibbles of weights (K).  The tile's K, 64, is
 // also the unit of group sizes and of the packed layouts.
 constexpr int column_unit = 8;
 constexpr int depth_unit = 64;
 
-// Null if no family fits; then `status` says why.
-const GemvFamily *find_family(const Problem &problem, w4a16_status &status) {
+// Whether the GEMV has a kernel, or why not.  Wording a refusal costs more than finding one, and the choice of a tactic
+// need not say why.
+struct GemvMatch {
+    enum Refusal { none, quantization, rows, columns, offsets };
+    Refusal refusal;
+    const GemvFamily *family; // null with Refusal::quantization
+};
+
+GemvMatch match_gemv(const Problem &problem) {
     const int group_size = problem.quant_op == W4A16_PER_COLUMN ? 0 : problem.group_size;
-    const GemvFamily *found = nullptr;
     for (const GemvFamily &family : gemv_families) {
-        if (family.quant_op == problem.quant_op && family.group_size == group_size
-            && family.bias == problem.has_bias) {
-            found = &family;
+        if (family.quant_op != problem.quant_op || family.group_size != group_size || family.bias != problem.has_bias) {
+            continue;
         }
+        if (problem.m > largest_gemv_rows || (family.rows >> problem.m & 1) == 0) {
+            return {GemvMatch::rows, &family};
+        }
+        if (problem.n % family.columns_per_cta != 0 || problem.n / family.columns_per_cta > largest_grid_y) {
+            return {GemvMatch::columns, &family};
+        }
+        // The kernel's offsets are ints that count elements.
+        if (static_cast<std::int64_t>(problem.n) * problem.k > INT_MAX) {
+            return {GemvMatch::offsets, &family};
+        }
+        return {GemvMatch::none, &family};
     }
-    if (found == nullptr) {
-        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for %s, group size %d, %s bias",
-            quant_op_names[problem.quant_op], group_size, problem.has_bias ? "with" : "without");
-        return nullptr;
-    }
-    if (problem.m >= 64 || (found->rows >> problem.m & 1) == 0) {
-        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for M = %d", problem.m);
-        return nullptr;
-    }
-    if (problem.n % found->columns_per_cta != 0 || problem.n / found->columns_per_cta > sm90_largest_grid_y) {
-        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: N = %d must be a multiple of %d and at most %d", problem.n,
-            found->columns_per_cta, found->columns_per_cta * sm90_largest_grid_y);
-        return nullptr;
-    }
-    // The kernel's offsets are ints that count elements.
-    if (static_cast<std::int64_t>(problem.n) * problem.k > INT_MAX) {
-        status = fail(W4A16_ERROR_UNSUPPORTED, "gemv: N * K = %lld is beyond the %d that its 32-bit offsets reach",
+    return {GemvMatch::quantization, nullptr};
+}
+
+w4a16_status gemv_supports(const Problem &problem) {
+    const GemvMatch match = match_gemv(problem);
+    switch (match.refusal) {
+    case GemvMatch::none:
+        break;
+    case GemvMatch::quantization:
+        return fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for %s, group size %d, %s bias",
+            quant_op_names[problem.quant_op], problem.group_size, problem.has_bias ? "with" : "without");
+    case GemvMatch::rows:
+        return fail(W4A16_ERROR_UNSUPPORTED, "gemv: this build has no kernel for M = %d", problem.m);
+    case GemvMatch::columns:
+        return fail(W4A16_ERROR_UNSUPPORTED, "gemv: N = %d must be a multiple of %d and at most %d", problem.n,
+            match.family->columns_per_cta, match.family->columns_per_cta * largest_grid_y);
+    case GemvMatch::offsets:
+        return fail(W4A16_ERROR_UNSUPPORTED, "gemv: N * K = %lld is beyond the %d that its 32-bit offsets reach",
             static_cast<long long>(problem.n) * problem.k, INT_MAX);
-        return nullptr;
     }
-    status = W4A16_OK;
-    return found;
+    return W4A16_OK;
 }
 
 w4a16_status gemm_supports(const GemmTactic &tactic, const Problem &problem) {
@@ -77,59 +90,6 @@ w4a16_status gemm_supports(const GemmTactic &tactic, const Problem &problem) {
             tactic.name, problem.m, problem.n);
     }
     return W4A16_OK;
-}
-
-// The smallest tile extent (a power of two from 16) that covers `rows`, at most `largest`.
-int covering_tile(int rows, int largest) {
-    int tile = 16;
-    while (tile < rows && tile < largest) {
-        tile *= 2;
-    }
-    return tile;
-}
-
-// Within one wave of the SMs, but not by much.
-bool fills_one_wave(std::int64_t ctas, int sm_count) {
-    return ctas <= sm_count && 4 * ctas > 3 * static_cast<std::int64_t>(sm_count);
-}
-
-std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
-    return (value + unit - 1) / unit;
-}
-
-// The CTA tile (over N and M) that w4a16.h states.
-void preferred_tile(const Problem &problem, int sm_count, int &tile_n, int &tile_m) {
-    const int half = covering_tile(problem.m / 2, 256);
-    if (fills_one_wave(ceil_div(problem.n, 64) * ceil_div(problem.m, half), sm_count)
-        && (problem.k <= 8192 || problem.m >= 512)) {
-        tile_n = 64;
-        tile_m = half;
-        return;
-    }
-    tile_n = 128;
-    tile_m = covering_tile(problem.m, 128);
-    if (problem.m > 128 && 4 * ceil_div(problem.n, 128) * ceil_div(problem.m, 256) > 3ll * sm_count) {
-        tile_m = 256;
-    }
-}
-
-bool gemv_preferred(const Problem &problem) {
-    const std::int64_t weights = static_cast<std::int64_t>(problem.n) * problem.k;
-    if (problem.quant_op == W4A16_GROUP_SCALE_ZERO) {
-        return problem.k <= 4096
-            && (problem.m <= 2 || (problem.m <= 4 && weights <= 32000000) || (problem.m <= 6 && weights <= 24000000));
-    }
-    return problem.m <= 2 || (problem.m <= 4 && weights <= 100000000) || (problem.m <= 8 && weights <= 32000000);
-}
-
-// How far a tactic is from the wanted tile: the row tile counts most, then the column tile, then the cluster.
-int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
-    int steps = 0;
-    for (int tile = std::min(tile_m, tactic.tile[1]); tile < std::max(tile_m, tactic.tile[1]); tile *= 2) {
-        ++steps;
-    }
-    const int cluster = tactic.cluster[0] * tactic.cluster[1] * tactic.cluster[2];
-    return 16 * steps + (tactic.tile[0] != tile_n ? 8 : 0) + cluster - 1;
 }
 
 } // namespace
@@ -179,7 +139,7 @@ w4a16_status check_problem(const w4a16_problem *given, Problem &problem) {
 }
 
 int tactic_count() {
-    return gemm_count() + (gemv_families.count > 0 ? 1 : 0);
+    return gemm_tactics.count + (gemv_families.count > 0 ? 1 : 0);
 }
 
 w4a16_status check_tactic(std::int32_t index) {
@@ -191,7 +151,7 @@ w4a16_status check_tactic(std::int32_t index) {
 }
 
 bool is_gemv(std::int32_t index) {
-    return index == gemm_count();
+    return index == gemm_tactics.count;
 }
 
 w4a16_status supports(std::int32_t index, const Problem &problem) {
@@ -199,51 +159,18 @@ w4a16_status supports(std::int32_t index, const Problem &problem) {
         return W4A16_OK; // nothing is launched
     }
     if (is_gemv(index)) {
-        w4a16_status status = W4A16_OK;
-        find_family(problem, status);
-        return status;
+        return gemv_supports(problem);
     }
     return gemm_supports(gemm_tactics.first[index], problem);
 }
 
-w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
-    const bool has_gemv = gemv_families.count > 0;
-    if (has_gemv && gemv_preferred(problem) && supports(gemm_count(), problem) == W4A16_OK) {
-        index = gemm_count();
-        return W4A16_OK;
-    }
-    int tile_n = 0;
-    int tile_m = 0;
-    preferred_tile(problem, sm_count, tile_n, tile_m);
-    int best = INT_MAX;
-    w4a16_status status = fail(W4A16_ERROR_UNSUPPORTED, "this build holds no kernel");
-    for (int candidate = 0; candidate < gemm_count(); ++candidate) {
-        const int away = distance(gemm_tactics.first[candidate], tile_n, tile_m);
-        if (away >= best) {
-            continue;
-        }
-        status = supports(candidate, problem);
-        if (status == W4A16_OK) {
-            best = away;
-            index = candidate;
-        }
-    }
-    if (best != INT_MAX) {
-        return W4A16_OK;
-    }
-    // A build without GEMM kernels for this problem may still have the GEMV, slow or not.
-    if (has_gemv && supports(gemm_count(), problem) == W4A16_OK) {
-        index = gemm_count();
-        return W4A16_OK;
-    }
-    return status;
+bool gemv_supports_quietly(const Problem &problem) {
+    return match_gemv(problem).refusal == GemvMatch::none;
 }
 
 LaunchFunction launch_function(std::int32_t index, const Problem &problem) {
     if (is_gemv(index)) {
-        w4a16_status status = W4A16_OK;
-        const GemvFamily *family = find_family(problem, status);
-        return family == nullptr ? nullptr : family->launch;
+        return match_gemv(problem).family->launch;
     }
     return gemm_tactics.first[index].launch[problem.quant_op];
 }

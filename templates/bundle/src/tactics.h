@@ -1,6 +1,6 @@
 // Rendered from templates/bundle/src/tactics.h; do not edit.
 
-// Tactics by index and name, what they can do, and which one to take.
+// Tactics by index and name: what they can do, and which one to take (choose.cpp).
 
 #pragma once
 
@@ -26,10 +26,13 @@ w4a16_status check_tactic(std::int32_t index);
 bool is_gemv(std::int32_t index);
 
 w4a16_status supports(std::int32_t index, const Problem &problem);
+// Without wording why not, which costs more than finding out.
+bool gemv_supports_quietly(const Problem &problem);
 
 // Never fails where any tactic supports the problem.
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index);
 
+// Of a tactic that supports the problem.
 LaunchFunction launch_function(std::int32_t index, const Problem &problem);
 bool needs_sm_count(std::int32_t index);
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count);

@@ -55,8 +55,9 @@ void sm90_generic_mixed_gemm_kernelLauncher(ActivationType const* A, WeightType 
         cute::tuple<Weight, Scale>>;
     using Dispatch = cutlass::gemm::MainloopSm90TmaGmmaRmemAWarpSpecializedMixedInput<4, ClusterShape,
         MainloopScheduleType>;
-    using Mainloop = cutlass::gemm::collective::CollectiveMmaInterleaved<Dispatch, CTAShape, WeightInfo, Activation,
-        cute::Stride<int64_t, cute::_1, int64_t>>;
+    using Stride = cute::Stride<int64_t, cute::_1, int64_t>;
+    using Mainloop = cutlass::gemm::collective::CollectiveMmaInterleaved<Dispatch, CTAShape, WeightInfo, Stride,
+        Activation, Stride>;
     using Epilogue = cutlass::epilogue::collective::CollectiveEpilogue<EpilogueScheduleType, CTAShape, Bias, Output>;
     using TileScheduler = std::conditional_t<cute::size<0>(CTAShape{}) == 64, cutlass::gemm::PersistentScheduler,
         cutlass::gemm::StreamKScheduler>;

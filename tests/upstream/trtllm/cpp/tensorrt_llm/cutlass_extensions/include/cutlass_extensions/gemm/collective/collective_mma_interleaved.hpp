@@ -16,13 +16,13 @@ namespace collective
 {
 // The quant op is not an argument: zeros or none is told by the element tuple, one scale a column or a group by
 // group_size at run time. Per-column and group-scale GEMMs therefore share one kernel, as upstream's do.
-template <class DispatchPolicy, class TileShape_, class ElementBInfo, class ElementAct, class StrideAct>
+template <class DispatchPolicy, class TileShape_, class WeightInfo, class StrideWeight, class ElementAct, class StrideAct>
 struct CollectiveMmaInterleaved;
 
 template <class DispatchPolicy, class TileShape_, class ElementWeight, class ElementScale, class... ElementZero,
-    class ElementAct, class StrideAct>
+    class StrideWeight, class ElementAct, class StrideAct>
 struct CollectiveMmaInterleaved<DispatchPolicy, TileShape_, cute::tuple<ElementWeight, ElementScale, ElementZero...>,
-    ElementAct, StrideAct>
+    StrideWeight, ElementAct, StrideAct>
 {
     using TileShape = TileShape_;
     using ClusterShape = typename DispatchPolicy::ClusterShape;

@@ -1,0 +1,103 @@
+// Rendered from templates/bundle/src/choose.cpp; do not edit.
+
+// The rule behind W4A16_AUTO; w4a16.h states it.
+
+#include "status.h"
+#include "tactics.h"
+
+#include <algorithm>
+#include <climits>
+
+namespace w4a16 {
+namespace {
+
+// The smallest tile extent (a power of two from 16) that covers `rows`, at most `largest`.
+int covering_tile(int rows, int largest) {
+    int tile = 16;
+    while (tile < rows && tile < largest) {
+        tile *= 2;
+    }
+    return tile;
+}
+
+// Within one wave of the SMs, but not by much.
+bool fills_one_wave(std::int64_t ctas, int sm_count) {
+    return ctas <= sm_count && 4 * ctas > 3 * static_cast<std::int64_t>(sm_count);
+}
+
+std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit;
+}
+
+// The CTA tile (over N and M) that w4a16.h states.
+void preferred_tile(const Problem &problem, int sm_count, int &tile_n, int &tile_m) {
+    const int half = covering_tile(problem.m / 2, 256);
+    if (fills_one_wave(ceil_div(problem.n, 64) * ceil_div(problem.m, half), sm_count)
+        && (problem.k <= 8192 || problem.m >= 512)) {
+        tile_n = 64;
+        tile_m = half;
+        return;
+    }
+    tile_n = 128;
+    tile_m = covering_tile(problem.m, 128);
+    if (problem.m > 128 && 4 * ceil_div(problem.n, 128) * ceil_div(problem.m, 256) > 3ll * sm_count) {
+        tile_m = 256;
+    }
+}
+
+bool gemv_preferred(const Problem &problem) {
+    const std::int64_t weights = static_cast<std::int64_t>(problem.n) * problem.k;
+    if (problem.quant_op == W4A16_GROUP_SCALE_ZERO) {
+        return problem.k <= 4096
+            && (problem.m <= 2 || (problem.m <= 4 && weights <= 32000000) || (problem.m <= 6 && weights <= 24000000));
+    }
+    return problem.m <= 2 || (problem.m <= 4 && weights <= 100000000) || (problem.m <= 8 && weights <= 32000000);
+}
+
+// How far a tactic is from the wanted tile: the row tile counts most, then the column tile, then the cluster.
+int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
+    int steps = 0;
+    for (int tile = std::min(tile_m, tactic.tile[1]); tile < std::max(tile_m, tactic.tile[1]); tile *= 2) {
+        ++steps;
+    }
+    const int cluster = tactic.cluster[0] * tactic.cluster[1] * tactic.cluster[2];
+    return 16 * steps + (tactic.tile[0] != tile_n ? 8 : 0) + cluster - 1;
+}
+
+} // namespace
+
+w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
+    const int gemv = gemm_tactics.count;
+    const bool has_gemv = gemv_supports_quietly(problem);
+    if (has_gemv && gemv_preferred(problem)) {
+        index = gemv;
+        return W4A16_OK;
+    }
+    int tile_n = 0;
+    int tile_m = 0;
+    preferred_tile(problem, sm_count, tile_n, tile_m);
+    int best = INT_MAX;
+    w4a16_status status = fail(W4A16_ERROR_UNSUPPORTED, "this build holds no kernel");
+    for (int candidate = 0; candidate < gemm_tactics.count; ++candidate) {
+        const int away = distance(gemm_tactics.first[candidate], tile_n, tile_m);
+        if (away >= best) {
+            continue;
+        }
+        status = supports(candidate, problem);
+        if (status == W4A16_OK) {
+            best = away;
+            index = candidate;
+        }
+    }
+    if (best != INT_MAX) {
+        return W4A16_OK;
+    }
+    // A build without GEMM kernels for this problem may still have the GEMV, slow or not.
+    if (has_gemv) {
+        index = gemv;
+        return W4A16_OK;
+    }
+    return status;
+}
+
+} // namespace w4a16

@@ -1,0 +1,1 @@
+"""Tests of the pipeline (unit, integration) and of what it makes (gpu)."""

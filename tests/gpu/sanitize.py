@@ -1,0 +1,224 @@
+"""One small launch of every tactic and quant op, in buffers of exactly the size that they need.
+
+    python tests/gpu/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
+
+Without torch, which is slow and noisy under compute-sanitizer; with numpy, if there is one, the
+results are checked as well. Outputs are filled with NaN first, workspaces are left as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import random
+import re
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.gpu.cuda import Cuda, CudaError
+from tests.gpu.library import (
+    ApiError,
+    Args,
+    Library,
+    LibraryNotFoundError,
+    Problem,
+    QuantOp,
+    Status,
+    Tactic,
+    find_library,
+    problem,
+)
+
+# Neither is a multiple of a tile, and K is deep enough for stream-K to split it.
+N, K, GROUP = 296, 1088, 64
+GEMM_ROWS = (5, 70)
+GEMV_ROWS = (1, 6, 15)
+NAN = b"\x5a\x7e"
+EXIT_WRONG, EXIT_CANNOT_RUN = 1, 77
+
+
+def halves(values: list[float]) -> bytes:
+    return struct.pack(f"<{len(values)}e", *values)
+
+
+@dataclass
+class Operands:
+    """One weight matrix and its activations on the device, and their host bytes."""
+
+    cuda: Cuda
+    quant_op: QuantOp
+    group: int
+    plain: bytes
+    a: bytes
+    scales: bytes
+    zeros: bytes | None
+    bias: bytes
+    exact_weights: Any = None
+    """[K, N] in float64, made by :func:`error_of` when first needed."""
+
+    @classmethod
+    def make(cls, cuda: Cuda, quant_op: QuantOp, group: int, draw: random.Random) -> Operands:
+        count = N if quant_op is QuantOp.PER_COLUMN else K // group * N
+        zeros = None
+        if quant_op is QuantOp.GROUP_SCALE_ZERO:
+            zeros = halves([draw.uniform(-0.05, 0.05) for _ in range(count)])
+        return cls(
+            cuda=cuda,
+            quant_op=quant_op,
+            group=group,
+            plain=draw.randbytes(K * N // 2),
+            a=halves([draw.gauss(0, 1) for _ in range(max(GEMM_ROWS) * K)]),
+            scales=halves([draw.uniform(0.001, 0.01) for _ in range(count)]),
+            zeros=zeros,
+            bias=halves([draw.gauss(0, 1) for _ in range(N)]),
+        )
+
+    def packed(self, library: Library) -> bytes:
+        out = ctypes.create_string_buffer(library.packed_size(None, K, N))
+        source = ctypes.create_string_buffer(self.plain, len(self.plain))
+        library.pack(None, ctypes.addressof(source), K, N, ctypes.addressof(out), 1)
+        return out.raw
+
+
+@dataclass(frozen=True)
+class Launch:
+    tactic: Tactic
+    given: Problem
+    operands: Operands
+
+    def __str__(self) -> str:
+        bias = " bias" if self.given.has_bias else ""
+        op = QuantOp(self.given.quant_op).label
+        group = self.given.group_size
+        return f"{self.tactic.name} {op} M={self.given.m} N={N} K={K} g={group}{bias}"
+
+
+class Buffers:
+    """Device memory for one launch, given back when it is over."""
+
+    def __init__(self, cuda: Cuda, library: Library, launch: Launch) -> None:
+        self._cuda = cuda
+        self._owned: list[int] = []
+        operands, given = launch.operands, launch.given
+        self.c_bytes = int(given.m) * N * 2
+        self.c = self._upload(NAN * (self.c_bytes // 2))
+        size = library.workspace_size(launch.tactic.index, given)
+        workspace = cuda.allocate(size) if size else None
+        if workspace is not None:
+            self._owned.append(workspace)
+        self.args = Args(
+            problem=ctypes.pointer(given),
+            a=self._upload(operands.a[: given.m * K * 2]),
+            b=self._upload(operands.packed(library)),
+            scales=self._upload(operands.scales),
+            zeros=None if operands.zeros is None else self._upload(operands.zeros),
+            bias=self._upload(operands.bias) if given.has_bias else None,
+            c=self.c,
+            workspace=workspace,
+            workspace_bytes=size,
+        )
+
+    def _upload(self, data: bytes) -> int:
+        address = self._cuda.upload(data)
+        self._owned.append(address)
+        return address
+
+    def poison(self) -> None:
+        self._cuda.write(self.c, NAN * (self.c_bytes // 2))
+
+    def result(self) -> bytes:
+        return self._cuda.download(self.c, self.c_bytes)
+
+    def free(self) -> None:
+        for address in self._owned:
+            self._cuda.free(address)
+
+
+def launches(library: Library, cuda: Cuda, only: str, seed: int) -> Iterator[Launch]:
+    draw = random.Random(seed)
+    turn = 0
+    for op in QuantOp:
+        for group in (0,) if op is QuantOp.PER_COLUMN else (GROUP, K):
+            operands = Operands.make(cuda, op, group or K, draw)
+            for tactic in library.tactics:
+                if not re.search(only, tactic.name):
+                    continue
+                # The whole of K as one group is a question for the GEMM's host code alone.
+                rows = GEMV_ROWS if tactic.is_gemv else GEMM_ROWS if group != K else GEMM_ROWS[:1]
+                for m in rows:
+                    turn += 1
+                    given = problem(op, m, N, K, group, bool(turn % 2))
+                    if library.status_of_supports(tactic.index, given) is Status.OK:
+                        yield Launch(tactic, given, operands)
+
+
+def error_of(launch: Launch, result: bytes) -> float | None:
+    """Relative Frobenius error against float64; None without numpy."""
+    try:
+        np: Any = importlib.import_module("numpy")
+    except ImportError:
+        return None
+    operands, m = launch.operands, int(launch.given.m)
+
+    def matrix(data: bytes, rows: int) -> Any:
+        return np.frombuffer(data, np.float16).astype(np.float64).reshape(rows, -1)
+
+    if operands.exact_weights is None:
+        data = np.frombuffer(operands.plain, np.uint8).reshape(K, N // 2)
+        q = np.stack([data & 15, data >> 4], axis=-1).reshape(K, N).astype(np.float64)
+        groups = len(operands.scales) // 2 // N
+        w = (q - 8) * matrix(operands.scales, groups).repeat(K // groups, axis=0)
+        if operands.zeros is not None:
+            w += matrix(operands.zeros, groups).repeat(K // groups, axis=0)
+        operands.exact_weights = w.astype(np.float16).astype(np.float64)
+    exact = matrix(operands.a[: m * K * 2], m) @ operands.exact_weights
+    if launch.given.has_bias:
+        exact += matrix(operands.bias, 1)
+    found = matrix(result, m)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="REGEX", help="tactics whose name matches")
+    parser.add_argument("--seed", type=int, default=int(os.environ.get("W4A16_SEED") or 1))
+    options = parser.parse_args()
+    try:
+        library = Library(find_library())
+        device = library.check_device()
+        cuda = Cuda()
+    except (LibraryNotFoundError, ApiError, CudaError, OSError) as reason:
+        print(f"cannot run: {reason}", file=sys.stderr)
+        return EXIT_CANNOT_RUN
+    print(f"{library.path} {library.version} on {device.name.decode()}, seed {options.seed}")
+    start, count, wrong = time.monotonic(), 0, 0
+    for launch in launches(library, cuda, options.only, options.seed):
+        print(launch, end=" ", flush=True)
+        buffers = Buffers(cuda, library, launch)
+        library.run(launch.tactic.index, buffers.args)
+        cuda.synchronize()
+        result = buffers.result()
+        buffers.free()
+        error = error_of(launch, result)
+        # Upstream's GEMV sums in FP16; a wrong layout or a missed element gives far more.
+        bad = error is not None and not error < (2e-3 if launch.tactic.is_gemv else 4e-4)
+        print("ran" if error is None else f"error {error:.2e}{' WRONG' if bad else ''}")
+        count += 1
+        wrong += bad
+    print(f"{count} launches, {wrong} wrong, {time.monotonic() - start:.1f} s")
+    return EXIT_WRONG if wrong or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
