@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,7 +32,7 @@ from pipeline.files import (
     write_json,
     write_text,
 )
-from pipeline.model import Build, UnitFigures
+from pipeline.model import Build, UnitFigures, to_json
 from pipeline.ninja import (
     Failure,
     Watch,
@@ -46,6 +47,8 @@ from pipeline.toolchain import Toolchain
 
 DISK_BYTES = 1_500_000_000
 PLAN_FILE = "unity-plan.cmake"
+#: The plan that ``work_dir`` was built with, for the next run to stay close to.
+PLAN_JSON = "plan.json"
 # What a caller's shell must not slip into the library.
 _CLEARED = (
     "CFLAGS",
@@ -87,7 +90,8 @@ def build(
     work_dir.mkdir(parents=True, exist_ok=True)
     digests = tree_digests(bundle_dir)
     configure = _configure_command(bundle_dir, work_dir, toolchain, definitions or {})
-    _start_anew_if_needed(work_dir, configure, toolchain)
+    _start_anew_if_needed(bundle_dir, work_dir, toolchain)
+    write_json(work_dir / PLAN_JSON, to_json(plan))
     env = _environment(work_dir, toolchain)
     _settle_times(bundle_dir, work_dir, digests)
     _configure(bundle_dir, work_dir, configure, plan, digests, env, show)
@@ -112,6 +116,14 @@ def _printer(console: Console) -> Printer:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     return show
+
+
+def _read(path: Path) -> object:
+    """A record of an earlier run; None if there is none or it is damaged."""
+    try:
+        return cast(object, read_json(path))
+    except (OSError, ValueError):
+        return None
 
 
 # --- before -------------------------------------------------------------------------------------
@@ -147,14 +159,17 @@ def _configure_command(
     return command + [f"-D{name}={value}" for name, value in sorted(chosen.items())]
 
 
-def _start_anew_if_needed(work_dir: Path, configure: Sequence[str], toolchain: Toolchain) -> None:
-    """Objects of another compiler or place are of no use, and CMake cannot switch in a tree."""
-    identity = {"command": list(configure), "toolchain": toolchain.identity}
-    try:
-        known = read_json(work_dir / "toolchain.json")
-    except (OSError, ValueError):
-        known = None
-    if known != identity:
+def _start_anew_if_needed(bundle_dir: Path, work_dir: Path, toolchain: Toolchain) -> None:
+    """Objects of another compiler or place are of no use, and CMake cannot switch in a tree.
+
+    Everything else (definitions, the plan, CMake itself) only makes CMake run again.
+    """
+    identity = {
+        "bundle": str(bundle_dir),
+        "work": str(work_dir),
+        "toolchain": toolchain.identity,
+    }
+    if _read(work_dir / "toolchain.json") != identity:
         for entry in work_dir.iterdir():
             remove_tree(entry)
         write_json(work_dir / "toolchain.json", identity)
@@ -177,10 +192,10 @@ def _settle_times(bundle_dir: Path, work_dir: Path, digests: Mapping[str, str]) 
     was written again; one whose content differs gets a new time, even if it came with an old one.
     """
     record = work_dir / "sources.json"
-    try:
-        known: dict[str, Any] = read_json(record)
-    except (OSError, ValueError):
-        known = {}
+    known: Any = _read(record)
+    if not isinstance(known, dict):
+        # Nothing is known of what the objects were made from: all of them are old.
+        known = {name: ["", sys.maxsize] for name in digests}
     current: dict[str, list[object]] = {}
     for name, digest in digests.items():
         path = bundle_dir / name
@@ -213,9 +228,11 @@ def _configure(
         for name, digest in digests.items()
         if name.endswith(("CMakeLists.txt", ".cmake", ".in", "CMakePresets.json"))
     }
-    wanted = digest_json({"inputs": inputs, "names": sorted(digests), "plan": unity})
+    wanted = digest_json(
+        {"command": list(command), "inputs": inputs, "names": sorted(digests), "plan": unity}
+    )
     stamp = work_dir / "configured.json"
-    if (work_dir / "build.ninja").is_file() and stamp.is_file() and read_json(stamp) == wanted:
+    if (work_dir / "build.ninja").is_file() and _read(stamp) == wanted:
         return
     stamp.unlink(missing_ok=True)
     try:
@@ -242,6 +259,9 @@ def _compile(
     show: Printer | None,
 ) -> int:
     pending = pending_objects(toolchain.ninja, work_dir, env, show)
+    if show is not None:
+        for command in _commands(work_dir, pending):
+            show(f"$ {command}")
     board = _Board(plan, pending, jobs, console)
     live = console.is_terminal and bool(pending)
     with Live(board, console=console, transient=True) if live else nullcontext():
@@ -254,6 +274,19 @@ def _compile(
     if outcome.status != 0:
         raise _failed(outcome.failures, outcome.text, plan, work_dir)
     return peak
+
+
+def _commands(work_dir: Path, outputs: Sequence[str]) -> list[str]:
+    """The compilers' command lines for ``outputs``."""
+    entries = _read(work_dir / "compile_commands.json")
+    if not isinstance(entries, list):
+        return []
+    wanted = {str(work_dir / output) for output in outputs}
+    return [
+        str(entry["command"])
+        for entry in entries
+        if str(work_dir / entry.get("output", "")) in wanted
+    ]
 
 
 def _failed(failures: Sequence[Failure], text: str, plan: Plan, work_dir: Path) -> BuildError:
@@ -373,9 +406,8 @@ def _remember_peaks(work_dir: Path, peaks: Mapping[str, int]) -> None:
 
 
 def _peaks(work_dir: Path) -> dict[str, int]:
-    try:
-        known = read_json(work_dir / "peaks.json")
-    except (OSError, ValueError):
+    known = _read(work_dir / "peaks.json")
+    if not isinstance(known, dict):
         return {}
     return {str(name): int(value) for name, value in known.items()}
 
@@ -383,10 +415,8 @@ def _peaks(work_dir: Path) -> dict[str, int]:
 def _overall_peak(work_dir: Path, measured: int) -> int:
     """The most memory that compilers took together since this folder was begun."""
     record = work_dir / "peak.json"
-    try:
-        peak = max(int(read_json(record)), measured)
-    except (OSError, ValueError):
-        peak = measured
+    known = _read(record)
+    peak = max(known, measured) if isinstance(known, int) else measured
     write_json(record, peak)
     return peak
 
@@ -411,9 +441,8 @@ _WITH_VALUE = ("-o", "-c", "-x", "-MF", "-MT", "-MQ", "-isystem", "-I")
 
 def _cuda_flags(work_dir: Path) -> list[str]:
     """The flags of the CUDA sources, without what names files or folders."""
-    try:
-        commands = json.loads((work_dir / "compile_commands.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    commands = _read(work_dir / "compile_commands.json")
+    if not isinstance(commands, list):
         return []
     for entry in sorted(commands, key=lambda entry: str(entry.get("file", ""))):
         if not str(entry.get("file", "")).endswith(".cu"):
@@ -425,7 +454,7 @@ def _cuda_flags(work_dir: Path) -> list[str]:
             if word in _WITH_VALUE:
                 del words[:1]
             elif not word.startswith(("-I", "-isystem", "--options-file", "-ccbin")):
-                kept.append(word)
+                kept.append(re.sub(r"(?<=[=,])-f\w+-prefix-map=[^,]*,?", "", word).rstrip(","))
         return kept
     return []
 

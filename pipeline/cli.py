@@ -112,7 +112,12 @@ def _stage(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(**values: Any) -> None:
         options = _options(**{name: values.pop(name) for name in shared})
-        function(options, Reporter(verbose=options.verbose), **values)
+        reporter = Reporter(verbose=options.verbose)
+        try:
+            function(options, reporter, **values)
+        except KeyboardInterrupt:  # typer would turn it into a silent exit
+            reporter.say("interrupted; the next run goes on from the last good stage")
+            raise typer.Exit(130) from None
 
     hints = {
         **get_type_hints(_options, include_extras=True),
@@ -194,7 +199,4 @@ def main() -> NoReturn:
     except ForgeError as error:
         reporter.fail(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        reporter.say("interrupted; the next run goes on from the last good stage")
-        sys.exit(130)
     sys.exit(0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline import fetch, manifest, render, vendor
 from pipeline.errors import MissingStageError
-from pipeline.files import tree_digests
+from pipeline.files import digest_of_files, tree_digests
 from pipeline.generate import generate
 from pipeline.lock import lock_of, write_lock
 from pipeline.model import Bundle, Closure, GeneratedTree, Selection, Sources
@@ -26,6 +26,8 @@ def extract(
     """
     profile, stages, say = run.profile, run.stages, run.reporter.say
     resolved = resolved or resolve(run.options, profile)
+    if stages.last("vendor", Closure) is None:
+        run.toolchain()  # that there is no compiler is said before any work
     sources, facts = fetch.fetch(
         resolved,
         run.table,
@@ -111,8 +113,11 @@ def _manifest_of(run: Run) -> dict[str, Any] | None:
         return None
 
 
-def bundle_of(run: Run) -> tuple[Bundle, Selection]:
-    """What *extract* left in DIR, whole."""
+def bundle_of(run: Run) -> tuple[Bundle, Selection, tuple[str, ...]]:
+    """What is in ``DIR/source`` now, the selection, and the files changed by hand since *extract*.
+
+    A changed bundle may be built (and is marked so); one that lacks files may not.
+    """
     bundle = run.stages.last("render", Bundle)
     selection = run.stages.last("select", Selection)
     if bundle is None or selection is None or _manifest_of(run) is None:
@@ -122,16 +127,15 @@ def bundle_of(run: Run) -> tuple[Bundle, Selection]:
         )
     found = tree_digests(run.source) if run.source.is_dir() else {}
     found.pop(render.INDEX, None)
-    if found != bundle.files:
+    missing = sorted(bundle.files.keys() - found.keys())
+    if missing:
         raise MissingStageError(
-            f"the bundle in {run.source} is not what extract left",
-            details="\n".join(
-                sorted(
-                    name
-                    for name in found.keys() | bundle.files.keys()
-                    if found.get(name) != bundle.files.get(name)
-                )[:10]
-            ),
+            f"the bundle in {run.source} lacks {len(missing)} files that extract left there",
+            details="\n".join(missing[:10]),
             hint="run `nox -s extract` again; it remakes what was damaged",
         )
-    return bundle, selection
+    changed = tuple(sorted(n for n in found if found[n] != bundle.files.get(n)))
+    if changed:
+        digest = f"{digest_of_files(found)}-dirty"
+        return replace(bundle, files=found, digest=digest), selection, changed
+    return bundle, selection, ()

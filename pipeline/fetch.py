@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.version import Version
 
@@ -131,13 +132,11 @@ def fetch(
             paths=table.cutlass_paths,
             say=say,
         )
-    if wanted.cutlass.ref is not None:
-        pinned = cutlass_store.commit_of(resolved.pin) if wanted.cutlass.local else resolved.pin
-        if pinned != cutlass.commit:
-            say(
-                f"note: CUTLASS {cutlass.commit[:12]} as asked for, "
-                f"not {resolved.pin[:12]} that {resolved.release} pins"
-            )
+    if not _is_pinned(cutlass_store, wanted.cutlass, resolved.pin, cutlass.commit):
+        say(
+            f"note: CUTLASS {cutlass.commit[:12]} as asked for, "
+            f"not {resolved.pin[:12]} that {resolved.release} pins"
+        )
     facts = releases.facts_of(table, entry, Path(trtllm.folder))
     vendor_lock = load_lock(vendor / LOCK_NAME)
     sources = Sources(
@@ -149,26 +148,33 @@ def fetch(
     )
     sources = Sources(**{**vars(sources), "matches_lock": matches(vendor_lock, sources)})
     if not allow_moved:
-        lock = load_lock(run_dir / LOCK_NAME) if wanted.given else vendor_lock
-        _hold_to(lock, sources, given=wanted.given)
+        path = (run_dir if wanted.given else vendor) / LOCK_NAME
+        lock = load_lock(path)
+        if lock is not None:
+            _hold_to(lock, sources, path=path, given=wanted.given)
     return sources, facts
 
 
-def _hold_to(lock: Lock | None, sources: Sources, *, given: bool) -> None:
-    if lock is None:
+def _is_pinned(store: Repository, asked: Location, pin: str, commit: str) -> bool:
+    """Whether ``commit`` is what the release pins; the store need not have the pinned one."""
+    if asked.ref is None or pin in (commit, asked.ref):
+        return True
+    try:
+        return asked.local and store.commit_of(pin) == commit
+    except SourceError:
+        return False
+
+
+def _hold_to(lock: Lock, sources: Sources, *, path: Path, given: bool) -> None:
+    """The same release must have the locked content; the profile's must be the locked release."""
+    if given and (lock.trtllm.url, lock.trtllm.ref) != (sources.trtllm.url, sources.trtllm.ref):
         return
-    same = (lock.trtllm.url, lock.trtllm.ref) == (sources.trtllm.url, sources.trtllm.ref)
-    if given:
-        if same:
-            require_locked(lock, sources)
-        return
-    if not same:
+    if not given and lock.release != sources.release:
         raise LockError(
-            f"the profile asks for TensorRT-LLM {sources.trtllm.ref}, "
-            f"vendor/{LOCK_NAME} holds {lock.trtllm.ref}",
+            f"the profile asks for TensorRT-LLM {sources.release}, {path} holds {lock.release}",
             hint=f"run `nox -s regenerate -- --to {sources.trtllm.ref}` to move the lock",
         )
-    require_locked(lock, sources)
+    require_locked(lock, sources, path=path)
 
 
 def _cutlass_pin(trtllm: Repository, commit: str, version: str) -> str:
@@ -181,8 +187,11 @@ def _cutlass_pin(trtllm: Repository, commit: str, version: str) -> str:
         try:
             for dependency in json.loads(text)["dependencies"]:
                 if dependency["name"] == "cutlass":
-                    return str(dependency["git_tag"])
-        except (ValueError, KeyError, TypeError) as error:
+                    tag = dependency["git_tag"]
+                    if not isinstance(tag, str) or not tag:
+                        raise ValueError(f"git_tag is {tag!r}")
+                    return tag
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ReleaseError(
                 f"{releases.FETCH_CONTENT} of {version} has a shape that is not known",
                 details=repr(error),
@@ -229,7 +238,7 @@ def _check_out(
     stamp = folder.with_name(f"{folder.name}.json")
     recover_folder(folder)
     digests = _digests(folder, paths) if folder.is_dir() else {}
-    recorded = read_json(stamp) if stamp.exists() else None
+    recorded = _recorded(stamp)
     if not digests or digests != recorded:
         if folder.is_dir() and recorded is not None:
             say(f"{folder.name} is damaged; checking it out again")
@@ -247,6 +256,15 @@ def _check_out(
     )
 
 
+def _recorded(stamp: Path) -> Any:
+    try:
+        return read_json(stamp)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        return "damaged"
+
+
 def _digests(folder: Path, paths: tuple[str, ...]) -> dict[str, str]:
     """Digest of each of ``paths`` that exists (paths a release does not have are left out)."""
     found = {}
@@ -262,5 +280,6 @@ def _digests(folder: Path, paths: tuple[str, ...]) -> dict[str, str]:
 
 @contextmanager
 def _vendor_lock(vendor: Path) -> Iterator[None]:
-    with held(vendor / ".lock", what=f"the checkouts in {vendor}"):
+    # Not the name of a run's lock: --out and --vendor may be one folder.
+    with held(vendor / ".checkouts.lock", what=f"the checkouts in {vendor}"):
         yield

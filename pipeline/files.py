@@ -45,7 +45,8 @@ def digest_of_files(digests: Mapping[str, str]) -> str:
     export and a checkout of the same content agree.
     """
     lines = [f"{path}\0{digest}\n" for path, digest in sorted(digests.items())]
-    return sha256_bytes("".join(lines).encode())
+    # surrogatepass: a name that is no UTF-8 must not stop the run here.
+    return sha256_bytes("".join(lines).encode(errors="surrogatepass"))
 
 
 def walk_files(root: Path) -> Iterator[Path]:

@@ -55,7 +55,15 @@ def select(profile: Profile, facts: ReleaseFacts, checkout: Path) -> Gemv:
         dropped = tuple(_dropped(i, facts.gemv_without) for i in instances)
         return Gemv(selected=(), dropped=dropped, reason=facts.gemv_without)
     reasons = {instance: _reason_to_drop(instance, layout) for instance in instances}
-    kept = {i.kernel_type: i for i, reason in reasons.items() if not reason}
+    kept: dict[str, _Instance] = {}
+    for instance in (i for i, reason in reasons.items() if not reason):
+        twin = kept.setdefault(instance.kernel_type, instance)
+        if twin is not instance:
+            raise SelectError(
+                f"two GEMV instantiations would both be {instance.kernel_type}",
+                details="\n".join(f"{i.origin}:{i.line}: {i.details}" for i in (twin, instance)),
+                hint="upstream tells them apart in a way that pipeline/gemv.py does not know",
+            )
     tables = _tiles(folder / _DISPATCHER)
     selected = tuple(_families(choice, profile, kept, tables))
     return Gemv(
@@ -70,7 +78,7 @@ def select(profile: Profile, facts: ReleaseFacts, checkout: Path) -> Gemv:
 
 def _instances(folder: Path, shown: str) -> Iterable[_Instance]:
     for path in sorted(folder.glob("*.cu")):
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8", errors="replace")
         text = _COMMENT.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), raw)
         found = list(_INSTANCE.finditer(text))
         mentions = len(re.findall(rf"\b{_MACRO}\s*\(", text))
@@ -106,7 +114,8 @@ def _reason_to_drop(instance: _Instance, layout: str) -> str:
 
 def _tiles(path: Path) -> dict[bool, tuple[GemvKernel, ...]]:
     """Upstream's CTA tile for each M, with and without zeros, from the dispatcher's macros."""
-    text = _COMMENT.sub("", path.read_text(encoding="utf-8"))
+    raw = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _COMMENT.sub("", raw)
     match = re.search(
         r"if\s+constexpr\s*\(\s*EnableZero\s*\)\s*\{(?P<zero>[^{}]*)\}\s*else\s*\{(?P<plain>[^{}]*)\}",
         text,
@@ -149,6 +158,13 @@ def _families(
         kernels = tuple(
             kernel for kernel in tables[zero] if choice.m.first <= kernel.m <= choice.m.last
         )
+        missing = {*range(choice.m.first, choice.m.last + 1)} - {kernel.m for kernel in kernels}
+        if missing or len({kernel.m for kernel in kernels}) != len(kernels):
+            raise SelectError(
+                f"gemv.m: upstream's table has no kernel, or two, for one of M = "
+                f"{', '.join(str(m) for m in sorted(missing or {k.m for k in kernels}))}",
+                hint="take from: " + ", ".join(str(kernel.m) for kernel in tables[zero]),
+            )
         for bias in choice.bias:
             shown_group = f"_g{group}" if group else ""
             yield GemvFamily(

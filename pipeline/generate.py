@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.errors import GenerateError
-from pipeline.files import replaced_folder, sha256_file, tree_digests
+from pipeline.files import replaced_folder, tree_digests
 from pipeline.model import GeneratedTree, Sources
 from pipeline.process import CommandError, Printer, run
 from pipeline.releases import ReleaseFacts
@@ -23,7 +24,8 @@ def generate(
 ) -> GeneratedTree:
     """Fill ``target`` with what the release's ``generate_kernels.py`` writes for ``sm``."""
     script = Path(sources.trtllm.folder, facts.script)
-    before = sha256_file(script)
+    checkouts = [Path(sources.trtllm.folder), Path(sources.cutlass.folder)]
+    before = _state_of(checkouts)
     with replaced_folder(target) as fresh, tempfile.TemporaryDirectory() as scratch:
         options = [option.format(out=fresh, sm=sm) for option in facts.options]
         try:
@@ -53,11 +55,13 @@ def generate(
         if show is not None and finished.stderr.strip():
             show(finished.stderr.rstrip())
         files = _written(fresh)
-    if sha256_file(script) != before or list(script.parent.glob("__pycache__")):
-        raise GenerateError(
-            "upstream's generator wrote into its own checkout",
-            hint=f"remove {sources.trtllm.folder} and look at what {facts.script} does",
-        )
+        touched = {name for name, _ in _state_of(checkouts) ^ before}
+        if touched:
+            raise GenerateError(
+                "upstream's generator wrote into its own checkout",
+                details="\n".join(sorted(touched)),
+                hint=f"remove {sources.trtllm.folder} and look at what {facts.script} does",
+            )
     command = ["python", facts.script, *(o.format(out="OUT", sm=sm) for o in facts.options)]
     return GeneratedTree(folder=str(target), command=command, files=files)
 
@@ -72,11 +76,26 @@ def _environment(cutlass: Path, scratch: Path) -> Mapping[str, str]:
     }
 
 
+def _state_of(folders: Iterable[Path]) -> set[tuple[str, tuple[int, ...]]]:
+    """What tells a touched file from one that was left alone, without reading it."""
+    found: set[tuple[str, tuple[int, ...]]] = set()
+    for folder in folders:
+        for path in folder.rglob("*"):
+            seen = path.lstat()
+            if not stat.S_ISDIR(seen.st_mode):
+                found.add((str(path), (seen.st_ino, seen.st_size, seen.st_mtime_ns)))
+    return found
+
+
 def _written(folder: Path) -> dict[str, str]:
-    links = [path for path in folder.rglob("*") if path.is_symlink()]
+    others = [
+        path
+        for path in folder.rglob("*")
+        if path.is_symlink() or not (path.is_file() or path.is_dir())
+    ]
     files = tree_digests(folder)
     strange = sorted(
-        [path.relative_to(folder).as_posix() for path in links]
+        [path.relative_to(folder).as_posix() for path in others]
         + [path for path in files if not re.fullmatch(r"[\w./-]+\.cu", path)]
     )
     if strange:

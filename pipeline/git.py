@@ -15,10 +15,10 @@ from pathlib import Path
 
 # GitPython looks for git when it is imported; that it is missing is said by Repository.open.
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-from git import Git, GitCommandError  # noqa: E402
+from git import Git, GitCommandError
 
-from pipeline.errors import PathError, SourceError  # noqa: E402
-from pipeline.files import stays_inside  # noqa: E402
+from pipeline.errors import PathError, SourceError
+from pipeline.files import remove_tree, stays_inside
 
 #: The user's configuration must not change what is checked out or run anything.
 _CONFIG = {
@@ -35,6 +35,13 @@ _CONFIG = {
     "maintenance.auto": "false",
     "safe.directory": "*",
 }
+#: What `git rev-parse --local-env-vars` lists: a hook that runs us has its own repository in them.
+_FOREIGN = (
+    *("GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_COMMON_DIR", "GIT_CONFIG", "GIT_CONFIG_PARAMETERS"),
+    *("GIT_DIR", "GIT_GRAFT_FILE", "GIT_IMPLICIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_NAMESPACE"),
+    *("GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_REPLACE_REF_BASE"),
+    *("GIT_SHALLOW_FILE", "GIT_WORK_TREE"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +72,8 @@ def parse_location(text: str) -> Location:
 
 
 def locate(url: str, ref: str | None) -> Location:
+    if "\0" in url:
+        raise SourceError(f"{url!r} is not a repository", hint="give SRC[@REF]")
     remote = "://" in url or re.match(r"^[\w.-]+@[\w.-]+:", url) is not None
     if remote and not url.startswith("file://"):
         return Location(url=url, ref=ref, local=False)
@@ -83,9 +92,11 @@ class Repository:
     def __init__(self, folder: Path, location: Location) -> None:
         self.folder = folder
         self.location = location
+        for name in _FOREIGN:
+            os.environ.pop(name, None)
         self._git = Git(str(folder))
         self._git.update_environment(
-            GIT_DIR=str(folder.absolute()),  # a hook that runs us has its own repository in it
+            GIT_DIR=str(folder.absolute()),  # never a repository above a damaged store
             GIT_ATTR_NOSYSTEM="1",
             GIT_CONFIG_NOSYSTEM="1",
             GIT_CONFIG_GLOBAL=os.devnull,
@@ -101,8 +112,11 @@ class Repository:
         if shutil.which("git") is None:
             raise SourceError("git is not installed", hint="install git 2.36 or later")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "HEAD").exists():
-            self._run("init", "--bare", "--quiet", ".")
+        if not self._is_sound():
+            remove_tree(self.folder)
+            self.folder.mkdir()
+            self._run("init", "--bare", "--quiet", "--template=", ".")
+            (self.folder / "objects" / "info").mkdir(exist_ok=True)
         if self.location.local:
             objects = self._source_objects()
             (self.folder / "objects" / "info" / "alternates").write_text(f"{objects}\n")
@@ -197,6 +211,13 @@ class Repository:
             f"{self.location.url} has no tag, branch or commit {ref!r}",
             hint=f"see `git -C {self.location.url} tag`, and name one as {self.location.url}@REF",
         )
+
+    def _is_sound(self) -> bool:
+        try:
+            self._git.execute(["git", "rev-parse", "--git-dir"])
+        except GitCommandError:
+            return False
+        return True
 
     def _has(self, commit: str) -> bool:
         try:

@@ -47,7 +47,10 @@ def extracted(
         "dropped": [_dropped(entry) for entry in selection.dropped],
         "ignored": [_dropped(entry) for entry in selection.ignored],
         "gemv": {
-            "selected": [asdict(family) for family in selection.gemv.selected],
+            "selected": [
+                {**asdict(family), "kernels": [asdict(kernel) for kernel in family.kernels]}
+                for family in selection.gemv.selected
+            ],
             "dropped": [_dropped(entry) for entry in selection.gemv.dropped],
             "reason": selection.gemv.reason,
         },

@@ -9,11 +9,19 @@ from pipeline import libtest, manifest
 from pipeline.build import build as compile_bundle
 from pipeline.errors import MissingStageError
 from pipeline.extract import bundle_of
-from pipeline.files import read_json, tree_digest, write_json
+from pipeline.files import read_json, tree_digest
 from pipeline.libtest import LibraryTest
 from pipeline.memory import find_machine
 from pipeline.model import Build, Selection, to_json
-from pipeline.plan import Plan, describe_plan, members_of, memory_limit, plan_from_json, plan_units
+from pipeline.plan import (
+    Plan,
+    costs_for,
+    describe_plan,
+    members_of,
+    memory_limit,
+    plan_from_json,
+    plan_units,
+)
 from pipeline.report import write_report
 from pipeline.run import Run
 from pipeline.verify import Verification
@@ -24,23 +32,24 @@ _PLAN = "build/plan.json"
 
 def plan(run: Run) -> str:
     """The units that ``build`` would compile, as text."""
-    bundle, selection = bundle_of(run)
+    bundle, selection, _ = bundle_of(run)
     return describe_plan(_plan(run, selection, bundle.files))
 
 
 def build(run: Run) -> Build:
     """Compile the bundle and install it; skipped when neither it nor the compiler changed."""
-    bundle, selection = bundle_of(run)
+    bundle, selection, changed = bundle_of(run)
+    if changed:
+        run.reporter.say(f"build: source/ was changed by hand: {', '.join(changed)}")
     toolchain = run.toolchain(sass_tools=True)
     planned = _plan(run, selection, bundle.files)
     definitions = {
-        "W4A16_BUILD_SHARED": _switch(run.profile.build.shared),
-        "W4A16_BUILD_STATIC": _switch(run.profile.build.static),
+        "W4A16_BUILD_SHARED": "ON",
+        "W4A16_BUILD_STATIC": "ON" if run.profile.build.static else "OFF",
         "W4A16_BUNDLE_DIGEST": bundle.digest,
     }
 
     def make() -> Build:
-        write_json(run.run_dir / _PLAN, to_json(planned))
         with run.reporter.stage("build"):
             return compile_bundle(
                 run.source,
@@ -65,13 +74,13 @@ def build(run: Run) -> Build:
         },
         outputs=(run.install,),
     )
-    manifest.extend(run.run_dir, build=to_json(result))
+    manifest.extend(run.run_dir, build={**to_json(result), "changed_by_hand": list(changed)})
     return result
 
 
 def verify(run: Run) -> Verification:
     """Prove the library against the selection and the profile's gates; write the report."""
-    _, selection = bundle_of(run)
+    _, selection, _ = bundle_of(run)
     _require_library(run)
     toolchain = run.toolchain(sass_tools=True)
 
@@ -135,8 +144,9 @@ def _plan(run: Run, selection: Selection, files: dict[str, str]) -> Plan:
     machine = find_machine()
     asked = run.options.memory_gb
     stored = _stored_plan(run.run_dir)
+    sources = [name for name in files if not name.startswith("tools/")]
     return plan_units(
-        members_of(selection, _library_sources(files)),
+        members_of(selection, sources),
         cores=machine.cores,
         memory_bytes=memory_limit(
             machine.memory_available,
@@ -144,12 +154,9 @@ def _plan(run: Run, selection: Selection, files: dict[str, str]) -> Plan:
             None if asked is None else int(asked * 1e9),
         ),
         jobs=run.options.jobs,
+        costs=costs_for(files),
         previous=None if stored is None else plan_from_json(stored),
     )
-
-
-def _library_sources(files: dict[str, str]) -> list[str]:
-    return [name for name in files if not name.startswith("tools/")]
 
 
 def _stored_plan(run_dir: Path) -> dict[str, Any] | None:
@@ -173,7 +180,3 @@ def _code_digest() -> str:
     from pipeline.files import digest_json, sha256_file
 
     return digest_json([sha256_file(Path(str(m.__file__))) for m in (elf, sass, verify)])
-
-
-def _switch(value: bool) -> str:
-    return "ON" if value else "OFF"

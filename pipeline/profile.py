@@ -41,8 +41,8 @@ class Source(Model):
     @field_validator("url", "ref")
     @classmethod
     def _no_option(cls, value: str | None) -> str | None:
-        if value is not None and (value.startswith("-") or "\0" in value or "\n" in value):
-            raise ValueError("may not start with '-' or hold control characters")
+        if value is not None and (not value or value[0] == "-" or not value.isprintable()):
+            raise ValueError("may not be empty, start with '-' or hold control characters")
         return value
 
 
@@ -52,7 +52,7 @@ class Upstream(Model):
 
 
 def parse_shape(text: str) -> Shape3:
-    if not _SHAPE.match(text):
+    if not _SHAPE.fullmatch(text):
         raise ValueError(f"{text!r} is not a shape such as 128x64x64")
     first, second, third = (int(extent) for extent in text.split("x"))
     return first, second, third
@@ -71,6 +71,7 @@ class Gemm(Model):
                 raise ValueError("name at least one, or 'all'")
             for text in value:
                 parse_shape(text)
+            _without_repeats(value)
         return value
 
     @field_validator("quant_ops")
@@ -108,13 +109,7 @@ class GemvChoice(Model):
 class BuildChoice(Model):
     compress: Literal["size", "speed", "balance", "default", "none"] = "size"
     static: bool = True
-    shared: bool = True
-
-    @model_validator(mode="after")
-    def _something(self) -> BuildChoice:
-        if not (self.static or self.shared):
-            raise ValueError("turn on 'static', 'shared' or both")
-        return self
+    """Also make a static library; the shared one is what gets verified, and is always made."""
 
 
 class Gates(Model):
@@ -139,7 +134,7 @@ class Profile(Model):
     @field_validator("name")
     @classmethod
     def _folder_name(cls, value: str) -> str:
-        if not NAME.match(value):
+        if not NAME.fullmatch(value):
             raise ValueError("a profile's name is also a folder's: letters, digits, '.', '_', '-'")
         return value
 
@@ -195,7 +190,12 @@ def load_yaml_model(path: Path, model: type[M], *, what: str) -> M:
             f"{what} {path} does not exist",
             hint="give an existing file with --config; configs/ holds the ones that ship",
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # PyYAML lets out the errors of Python's constructors too (!!int "", 2024-13-45).
+        raise ProfileError(
+            f"{what} {path} cannot be read", details=repr(error), hint="mend the file's YAML"
+        ) from error
+    except yaml.YAMLError as error:
         raise ProfileError(
             f"{what} {path} cannot be read", details=str(error), hint="mend the file's YAML"
         ) from error

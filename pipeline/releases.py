@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from pydantic import Field, field_validator
 
 from pipeline.errors import PathError, ReleaseError
@@ -114,7 +114,7 @@ def parse_version(text: str) -> Version:
     match = re.search(r"^__version__\s*=\s*[\"']([^\"']+)[\"']", text, re.MULTILINE)
     try:
         return Version(match.group(1) if match else "")
-    except InvalidVersion as error:
+    except ValueError as error:  # InvalidVersion, or a number of thousands of digits
         raise ReleaseError(
             f"{VERSION_FILE} does not say which release this is",
             hint="check that the source is a TensorRT-LLM repository at a release",

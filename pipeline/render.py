@@ -28,6 +28,8 @@ TEMPLATES = _ROOT / "templates"
 #: Our own CUDA and C++, copied into the bundle's src/ as it is.
 KERNELS = _ROOT / "kernels"
 INDEX = "bundle.json"
+#: Each GEMM kernel has a file in both: upstream's instantiation, and our wrapper of it.
+_GEMM_FOLDERS = ("gemm", "wrappers")
 
 
 def context(
@@ -67,8 +69,6 @@ def context(
         "namespace": facts.launcher.namespace,
         "defines": facts.launcher.defines,
         "compress": profile.build.compress,
-        "build_static": profile.build.static,
-        "build_shared": profile.build.shared,
         "shims": closure.shims,
     }
 
@@ -99,7 +99,7 @@ def probe(
             if name.split("/")[0] in ("src", "include", "shims")
         },
         units=(
-            *(f"src/gemm/{ident}.cu" for ident in gemm.values()),
+            *(f"src/{folder}/{ident}.cu" for ident in gemm.values() for folder in _GEMM_FOLDERS),
             *(f"src/gemv/{ident}.cu" for ident in gemv.values()),
         ),
         shims=tuple(f"shims/{name}" for name in shims),
@@ -141,6 +141,7 @@ def rendered(values: Mapping[str, Any], selection: Selection) -> dict[str, bytes
         render(f"shims/{name}.j2", f"shims/{name}")
     for kernel in selection.selected:
         render("gemm_unit.cu.j2", f"src/gemm/{kernel.ident}.cu", kernel=kernel)
+        render("gemm_wrapper.cu.j2", f"src/wrappers/{kernel.ident}.cu", kernel=kernel)
     for family in selection.gemv.selected:
         render("gemv_unit.cu.j2", f"src/gemv/{family.ident}.cu", family=family)
     return files

@@ -41,7 +41,14 @@ def select(profile: Profile, facts: ReleaseFacts, tree: GeneratedTree, checkout:
     parsed: list[Instantiation] = []
     ignored: list[Dropped] = []
     for name in sorted(tree.files):
-        text = (Path(tree.folder) / name).read_text(encoding="utf-8")
+        try:
+            text = (Path(tree.folder) / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SelectError(
+                f"{name}: the generated file cannot be read",
+                details=str(error),
+                hint="the generator writes a form that pipeline/instantiation.py does not know",
+            ) from error
         file = parse_file(text, origin=name, launcher=facts.launcher.function)
         parsed += file.instantiations
         if not file.instantiations:
@@ -79,6 +86,22 @@ def quant_op_of(instantiation: Instantiation) -> QuantOp | None:
 
 def _reason_to_drop(profile: Profile, found: Instantiation) -> str:
     """Why the profile does not keep ``found``; empty when it does."""
+    other = _other_types(profile, found)
+    if other:
+        return other
+    quant_op = quant_op_of(found)
+    if quant_op is None:
+        return f"quant op {found.quant_op} is not known"
+    if quant_op not in profile.gemm.quant_ops:
+        return f"quant op {quant_op} is not in the profile"
+    if not profile.wants_tile(shape_text(found.cta)):
+        return f"CTA tile {shape_text(found.cta)} is not in the profile"
+    if not profile.wants_cluster(shape_text(found.cluster)):
+        return f"cluster {shape_text(found.cluster)} is not in the profile"
+    return ""
+
+
+def _other_types(profile: Profile, found: Instantiation) -> str:
     act, weight = _ACTIVATION[profile.activation], _WEIGHT[profile.weight]
     if found.act != act:
         return f"activations are {found.act}, the profile wants {act}"
@@ -91,15 +114,6 @@ def _reason_to_drop(profile: Profile, found: Instantiation) -> str:
     ):
         if value != act:
             return f"{label}: {value}, the profile wants {act}"
-    quant_op = quant_op_of(found)
-    if quant_op is None:
-        return f"quant op {found.quant_op} is not known"
-    if quant_op not in profile.gemm.quant_ops:
-        return f"quant op {quant_op} is not in the profile"
-    if not profile.wants_tile(shape_text(found.cta)):
-        return f"CTA tile {shape_text(found.cta)} is not in the profile"
-    if not profile.wants_cluster(shape_text(found.cluster)):
-        return f"cluster {shape_text(found.cluster)} is not in the profile"
     return ""
 
 
@@ -116,7 +130,7 @@ def _named(found: Instantiation) -> GemmKernel:
     suffix = _schedule_suffix(found)
     ident = f"gemm_{QUANT_OP_SHORT[quant_op]}_{cta}_{cluster}"
     return GemmKernel(
-        ident=ident + suffix.replace(":", "_"),
+        ident=ident + re.sub(r"\W+", "_", suffix, flags=re.ASCII),
         tactic=f"sm90:{cta}:{cluster}{suffix}",
         quant_op=quant_op,
         instantiation=found,
@@ -136,11 +150,6 @@ def _order(profile: Profile, kernel: GemmKernel) -> tuple[int, tuple[int, ...], 
 
 
 def _require_sound(profile: Profile, kept: list[GemmKernel], parsed: list[Instantiation]) -> None:
-    if not kept:
-        raise SelectError(
-            f"none of {len(parsed)} instantiations is one that the profile keeps",
-            hint="see gemm.quant_ops, gemm.tiles and gemm.clusters in the profile",
-        )
     seen: dict[str, GemmKernel] = {}
     for kernel in kept:
         twin = seen.setdefault(kernel.ident, kernel)
@@ -151,18 +160,23 @@ def _require_sound(profile: Profile, kept: list[GemmKernel], parsed: list[Instan
                 details="\n".join(places),
                 hint="upstream tells them apart in a way that pipeline/select.py does not know",
             )
-    for label, asked, found in (
-        ("gemm.tiles", profile.gemm.tiles, {shape_text(k.instantiation.cta) for k in kept}),
-        (
-            "gemm.clusters",
-            profile.gemm.clusters,
-            {shape_text(k.instantiation.cluster) for k in kept},
-        ),
-        ("gemm.quant_ops", profile.gemm.quant_ops, {k.quant_op for k in kept}),
+    there = [i for i in parsed if not _other_types(profile, i)]
+    for label, asked, value in (
+        ("gemm.tiles", profile.gemm.tiles, lambda i: shape_text(i.cta)),
+        ("gemm.clusters", profile.gemm.clusters, lambda i: shape_text(i.cluster)),
+        ("gemm.quant_ops", profile.gemm.quant_ops, quant_op_of),
     ):
+        found = {value(kernel.instantiation) for kernel in kept}
         missing = [] if isinstance(asked, str) else [entry for entry in asked if entry not in found]
         if missing:
+            every = {str(value(i)) for i in there if quant_op_of(i) is not None}
             raise SelectError(
-                f"{label}: upstream has no kernel for {', '.join(missing)}",
-                hint=f"take from: {', '.join(sorted(found))}",
+                f"{label}: upstream has no kernel for {', '.join(missing)} "
+                "with all else that the profile asks for",
+                hint=f"upstream has: {', '.join(sorted(every)) or 'none of these types'}",
             )
+    if not kept:
+        raise SelectError(
+            f"none of {len(parsed)} instantiations is one that the profile keeps",
+            hint="see gemm.quant_ops, gemm.tiles and gemm.clusters in the profile",
+        )

@@ -24,6 +24,8 @@ class Stamp(Model):
     inputs: str
     outputs: dict[str, str]
     result: Any
+    digest: str = ""
+    """Of all the rest, so that a damaged stamp is noticed."""
 
 
 def code_digest() -> str:
@@ -78,7 +80,7 @@ class Stages:
             outputs=self._digests(outputs),
             result=TypeAdapter(kind).dump_python(result, mode="json"),
         )
-        write_json(path, written.model_dump())
+        write_json(path, {**written.model_dump(), "digest": _digest_of(written)})
         return result
 
     def last(self, stage: str, kind: type[R]) -> R | None:
@@ -94,9 +96,10 @@ class Stages:
 
     def _stamp(self, stage: str) -> Stamp | None:
         try:
-            return Stamp.model_validate(read_json(self._path(stage)))
-        except (OSError, ValueError):
+            stamp = Stamp.model_validate(read_json(self._path(stage)))
+        except (OSError, ValueError, RecursionError):
             return None
+        return stamp if stamp.digest == _digest_of(stamp) else None
 
     def _digests(self, outputs: tuple[Path, ...]) -> dict[str, str]:
         found = {}
@@ -110,3 +113,6 @@ class Stages:
                 found[name] = "absent"
         return found
 
+
+def _digest_of(stamp: Stamp) -> str:
+    return digest_json(stamp.model_dump(exclude={"digest"}))

@@ -215,8 +215,8 @@ class Library:
     """A loaded libw4a16.so; a status other than OK becomes a :class:`ApiError`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._dll = ctypes.CDLL(str(path))
+        self.path = path.absolute()
+        self._dll = ctypes.CDLL(str(self.path))
         self._functions: dict[str, Any] = {}
         for name, (result, parameters) in _FUNCTIONS.items():
             function = getattr(self._dll, f"w4a16_{name}")

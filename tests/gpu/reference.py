@@ -59,17 +59,17 @@ def round_to_half(values: Tensor) -> Tensor:
 
 
 def dequantize(q: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """``half(fma(q - 8, s, z))`` in float64, from the stored halves.
+    """``(q - 8) * s + z`` from the stored halves, in float64 and not rounded.
 
-    float64 holds ``(q - 8) * s + z`` exactly: every half is a multiple of 2**-24 below 2**16, so
-    the sum is a multiple of 2**-24 below 2**20 and needs at most 44 of the 53 bits. The one
-    rounding to FP16 is then the one of the fma.
+    float64 holds it exactly: every half is a multiple of 2**-24 below 2**16, so the sum is a
+    multiple of 2**-24 below 2**20 and needs at most 44 of the 53 bits. ``round_to_half`` of it is
+    therefore ``half(fma(q - 8, s, z))``, with the one rounding of the fma.
     """
     rows = q.shape[0] // scales.shape[0]
     exact = (q.double() - 8) * scales.double().repeat_interleave(rows, dim=0)
     if zeros is not None:
         exact += zeros.double().repeat_interleave(rows, dim=0)
-    return round_to_half(exact)
+    return exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,9 @@ class Weights:
     scales: Tensor
     zeros: Tensor | None
     half: Tensor
+    """Rounded once: what torch multiplies with, and what the identity must return."""
     exact: Tensor
+    """float64, not rounded: what errors are measured against, the rounding of weights included."""
 
     def checksum(self) -> Tensor:
         """Changes when a launch writes to its inputs."""
@@ -98,7 +100,7 @@ class Weights:
 def random_weights(
     library: Library, quant_op: QuantOp, n: int, k: int, group: int, source: Any
 ) -> Weights:
-    """Scales spread over a factor of 16; zeros from random zero points, or any halves at all."""
+    """Scales spread over a factor of 4; zeros from random zero points, or any halves at all."""
     per_column = quant_op is QuantOp.PER_COLUMN
     shape = (1 if per_column else k // group, n)
 
@@ -106,7 +108,7 @@ def random_weights(
         return torch.rand(shape, generator=source, device=DEVICE) * (high - low) + low
 
     q = torch.randint(0, 16, (k, n), generator=source, device=DEVICE, dtype=torch.uint8)
-    scales = torch.exp2(uniform(-10, -6)).half()
+    scales = torch.exp2(uniform(-9, -7)).half()
     zeros = None
     if quant_op is QuantOp.GROUP_SCALE_ZERO:
         points = torch.randint(0, 16, shape, generator=source, device=DEVICE)
@@ -122,7 +124,7 @@ def random_weights(
         packed=place(pack(library, q)),
         scales=place(scales),
         zeros=None if zeros is None else place(zeros),
-        half=exact.half(),
+        half=round_to_half(exact).half(),
         exact=exact,
     )
 

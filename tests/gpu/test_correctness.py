@@ -159,7 +159,7 @@ class Measurement:
         bias = self.operands.bias if with_bias else None
         repeats = 1
         if taken.is_gemv:
-            repeats = max(1, min(64, ENOUGH_OUTPUTS // (m * weights.n), max(ROWS) // m))
+            repeats = max(1, min(ENOUGH_OUTPUTS // (m * weights.n), max(ROWS) // m))
         size = self.library.workspace_size(index, problem_of(weights, m, with_bias))
         if size > self.workspace.capacity:
             self.workspace = Guarded(size)

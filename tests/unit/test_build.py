@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from pipeline.build import build, unit_name
 from pipeline.errors import BuildError, ResourceError
+from pipeline.files import read_json
 from pipeline.model import Build
 from pipeline.ninja import Failure, ran_out_of_memory, read_log
-from pipeline.plan import GB, Member, Plan, plan_units
+from pipeline.plan import GB, Member, Plan, plan_from_json, plan_units
 from pipeline.toolchain import Toolchain, _find_cmake, _find_ninja
 
 CMAKE = """\
@@ -29,6 +31,7 @@ set_target_properties(w4a16_gemm PROPERTIES POSITION_INDEPENDENT_CODE ON)
 if(W4A16_UNITY_PLAN)
   include(${W4A16_UNITY_PLAN})
 endif()
+set_source_files_properties(src/d.cpp PROPERTIES COMPILE_DEFINITIONS "TOY=${W4A16_TOY}")
 add_library(toy SHARED)
 target_link_libraries(toy PRIVATE w4a16_gemm)
 install(TARGETS toy LIBRARY DESTINATION lib)
@@ -80,7 +83,7 @@ def plan() -> Plan:
     return plan_units(members, cores=2, memory_bytes=20 * GB)
 
 
-def run_build(bundle: Path, toolchain: Toolchain, plan: Plan) -> tuple[Build, str]:
+def run_build(bundle: Path, toolchain: Toolchain, plan: Plan, toy: str = "1") -> tuple[Build, str]:
     text = io.StringIO()
     run = bundle.parent
     result = build(
@@ -90,7 +93,7 @@ def run_build(bundle: Path, toolchain: Toolchain, plan: Plan) -> tuple[Build, st
         toolchain,
         plan,
         console=Console(file=text, width=200),
-        definitions={"W4A16_TOY": "1"},
+        definitions={"W4A16_TOY": toy},
         disk_bytes=1,
     )
     return result, text.getvalue()
@@ -138,6 +141,39 @@ def test_only_the_unit_of_a_changed_source_is_compiled_again_even_if_its_time_is
     os.utime(source, (1, 1))
     _, text = run_build(bundle, toolchain, plan)
     assert "[1/1] gemm_00" in text
+
+
+def test_a_changed_definition_compiles_only_what_uses_it(
+    bundle: Path, toolchain: Toolchain, plan: Plan
+) -> None:
+    run_build(bundle, toolchain, plan)
+    _, text = run_build(bundle, toolchain, plan, toy="2")
+    assert "[1/1] d.cpp" in text
+
+
+def test_another_compiler_compiles_everything_again(
+    bundle: Path, toolchain: Toolchain, plan: Plan
+) -> None:
+    run_build(bundle, toolchain, plan)
+    _, text = run_build(bundle, replace(toolchain, version=(13, 4, 0)), plan)
+    assert "[3/3]" in text
+
+
+@pytest.mark.parametrize("record", ["sources.json", "toolchain.json", "configured.json"])
+def test_a_damaged_record_costs_time_and_nothing_else(
+    bundle: Path, toolchain: Toolchain, plan: Plan, record: str
+) -> None:
+    run_build(bundle, toolchain, plan)
+    (bundle.parent / "build" / record).write_text("{")
+    result, _ = run_build(bundle, toolchain, plan)
+    assert len(result.units) == 3
+
+
+def test_the_plan_is_kept_beside_the_objects(
+    bundle: Path, toolchain: Toolchain, plan: Plan
+) -> None:
+    run_build(bundle, toolchain, plan)
+    assert plan_from_json(read_json(bundle.parent / "build/plan.json")) == plan
 
 
 def test_a_failed_unit_shows_its_message_in_full_and_the_others_are_compiled(

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PathError, SourceError
-from pipeline.files import tree_digests
+from pipeline.files import remove_tree, tree_digests
 from pipeline.git import Location, Repository, locate, parse_location
+from tests.upstream import Upstream, write_upstream
 
-from .conftest import KERNELS, ROOT, Upstream, commit_all, git, write_upstream
+from .conftest import KERNELS, ROOT, commit_all, git
 
 COMMON = "cpp/tensorrt_llm/common"
 PATHS = ("LICENSE", COMMON, KERNELS)
@@ -108,8 +109,10 @@ def test_a_local_source_is_split_into_path_and_ref(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "@", "@v1", "nowhere", "nowhere@v1", "ext::sh -c id", "~nobody-of-that-name/repo", "a\0b"]
-    + ["x" * 5000, "file://", "-"],
+    [
+        *("", "@", "@v1", "nowhere", "nowhere@v1", "ext::sh -c id", "~nobody-of-that-name/repo"),
+        *("a\0b", "x" * 5000, "file://", "-"),
+    ],
 )
 def test_a_source_that_is_nowhere_is_a_clear_error(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,6 +291,22 @@ def test_a_store_serves_again_and_follows_a_moved_tag(repository: Path, tmp_path
     assert found.commit_of("v1") == second != first
     checked_out(found, second, tmp_path / "out")
     assert (tmp_path / "out" / "used" / "a.h").read_text() == "moved\n"
+
+
+@pytest.mark.parametrize("damage", ["HEAD", "objects", "config"])
+def test_a_damaged_store_is_made_anew(repository: Path, tmp_path: Path, damage: str) -> None:
+    """Git must not go on to a repository above it, such as this project's own."""
+    git(tmp_path, "init", "--quiet")
+    before = (tmp_path / ".git" / "config").read_bytes()
+    location = Location(url=f"file://{repository}", ref=None, local=False)
+    folder = store(tmp_path, location).folder
+    if damage == "objects":
+        remove_tree(folder / damage)
+    else:
+        (folder / damage).write_text("\0 damaged [\n")
+    found = store(tmp_path, location)
+    assert found.commit_of("v1") == git(repository, "rev-parse", "v1")
+    assert (tmp_path / ".git" / "config").read_bytes() == before
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from pipeline.plan import (
     Kind,
     Member,
     Plan,
+    costs_for,
     describe_plan,
     memory_limit,
     plan_from_json,
@@ -161,6 +162,11 @@ def test_a_plan_survives_json() -> None:
     assert plan_from_json(json.loads(dump_json(to_json(plan)))) == plan
 
 
+@pytest.mark.parametrize("data", [None, [], {}, {"units": [{}]}, {"units": []}, "plan", 3])
+def test_what_is_no_plan_is_none(data: object) -> None:
+    assert plan_from_json(data) is None
+
+
 def test_the_cmake_file_names_each_grouped_source_once_and_its_target() -> None:
     plan = plan_units(all_members(), cores=2, memory_bytes=19 * GB)
     text = render_unity_plan(plan)
@@ -190,6 +196,21 @@ def test_every_kind_has_costs(kind: Kind) -> None:
 def test_a_schedule_is_as_long_as_its_longest_worker() -> None:
     assert schedule_length([3, 2, 2], 2) == 4
     assert schedule_length([], 2) == 0
+
+
+def test_a_bundle_with_few_headers_is_not_held_to_the_memory_of_a_large_one() -> None:
+    small = costs_for(["third_party/cutlass/cutlass.h", "src/gemm/a.cu"])
+    plan = plan_units(gemm_members(4), cores=2, memory_bytes=2 * GB, costs=small)
+    assert plan.jobs == 2
+    assert costs_for(f"third_party/{n}.h" for n in range(480)) == COSTS
+
+
+def test_files_of_one_name_in_two_folders_stay_two_units() -> None:
+    both = [Member(path=f"{folder}/device.cpp", kind="cxx") for folder in ("src", "third_party")]
+    first = plan_units(both[:1], cores=2, memory_bytes=GB)
+    for previous in (None, first, plan_units(both, cores=2, memory_bytes=GB)):
+        plan = plan_units(both, cores=2, memory_bytes=GB, previous=previous)
+        assert len({unit.name for unit in plan.units}) == 2
 
 
 def test_no_sources_make_an_empty_plan() -> None:

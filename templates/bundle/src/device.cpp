@@ -38,7 +38,8 @@ w4a16_status device_error(cudaError_t error) {
     int driver = 0;
     const bool known = cudaDriverGetVersion(&driver) == cudaSuccess;
     if (known && driver == 0) {
-        return fail(W4A16_ERROR_NO_DEVICE, "no NVIDIA driver is loaded (libcuda.so.1 was not found or has no GPU to drive)");
+        return fail(W4A16_ERROR_NO_DEVICE,
+            "no NVIDIA driver is loaded (libcuda.so.1 was not found or has no GPU to drive)");
     }
     if (error == cudaErrorInsufficientDriver) {
         char branch[64] = "";

@@ -69,7 +69,8 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
         return status;
     }
     if (args->reserved != 0) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->reserved is %u, expected 0", static_cast<unsigned>(args->reserved));
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->reserved is %u, expected 0",
+            static_cast<unsigned>(args->reserved));
     }
     Problem problem{};
     if (const w4a16_status status = check_problem(args->problem, problem); status != W4A16_OK) {

@@ -36,8 +36,8 @@ w4a16_status check_shape(const char *arch, std::int64_t k, std::int64_t n, packi
     const int number = architecture_number(name);
     if (number == 0) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT,
-            "arch is \"%.40s\", expected sm_75, sm_80, sm_86, sm_87, sm_88, sm_89, sm_90, sm_100, sm_101, sm_103, sm_110, "
-            "sm_120 or sm_121 (from 90 on also with a or f)", name);
+            "arch is \"%.40s\", expected sm_75, sm_80, sm_86, sm_87, sm_88, sm_89, sm_90, sm_100, sm_101, sm_103, "
+            "sm_110, sm_120 or sm_121 (from 90 on also with a or f)", name);
     }
     layout = number == 90 ? config::sm90_layout : packing::Layout::interleaved;
     if (k <= 0 || k > INT_MAX || k % 64 != 0) {
@@ -69,10 +69,12 @@ w4a16_status apply(Transform transform, const char *arch, const void *source, co
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s and %s overlap", source_name, target_name);
     }
     if (threads < 0) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "threads is %d, expected 0 (all cores) or more", static_cast<int>(threads));
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "threads is %d, expected 0 (all cores) or more",
+            static_cast<int>(threads));
     }
     return guarded([&] {
-        transform(layout, static_cast<const std::uint8_t *>(source), k, n, static_cast<std::uint8_t *>(target), threads);
+        transform(layout, static_cast<const std::uint8_t *>(source), k, n, static_cast<std::uint8_t *>(target),
+            threads);
         return W4A16_OK;
     });
 }

@@ -39,8 +39,9 @@ w4a16_status check_input(const T *value, const char *name) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", name);
     }
     if (value->struct_size < sizeof(T)) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s->struct_size is %u, expected at least %zu: set it to sizeof the struct",
-            name, static_cast<unsigned>(value->struct_size), sizeof(T));
+        return fail(W4A16_ERROR_INVALID_ARGUMENT,
+            "%s->struct_size is %u, expected at least %zu: set it to sizeof the struct", name,
+            static_cast<unsigned>(value->struct_size), sizeof(T));
     }
     const unsigned char *bytes = reinterpret_cast<const unsigned char *>(value);
     // Far more than any version will need: a struct_size beyond it was never set.
@@ -65,8 +66,9 @@ w4a16_status check_output(const T *value, const char *name) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", name);
     }
     if (value->struct_size < sizeof(T)) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s->struct_size is %u, expected at least %zu: set it to sizeof the struct",
-            name, static_cast<unsigned>(value->struct_size), sizeof(T));
+        return fail(W4A16_ERROR_INVALID_ARGUMENT,
+            "%s->struct_size is %u, expected at least %zu: set it to sizeof the struct", name,
+            static_cast<unsigned>(value->struct_size), sizeof(T));
     }
     return W4A16_OK;
 }

@@ -103,14 +103,16 @@ w4a16_status check_problem(const w4a16_problem *given, Problem &problem) {
             static_cast<int>(given->quant_op), quant_op_count - 1);
     }
     if (given->reserved != 0) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "problem->reserved is %d, expected 0", static_cast<int>(given->reserved));
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "problem->reserved is %d, expected 0",
+            static_cast<int>(given->reserved));
     }
     if (given->has_bias != 0 && given->has_bias != 1) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "has_bias is %d, expected 0 or 1", static_cast<int>(given->has_bias));
     }
     const auto out_of_range = [](std::int64_t value, std::int64_t least) { return value < least || value > INT_MAX; };
     if (out_of_range(given->m, 0)) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "M is %lld, expected 0 to %d", static_cast<long long>(given->m), INT_MAX);
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "M is %lld, expected 0 to %d",
+            static_cast<long long>(given->m), INT_MAX);
     }
     if (out_of_range(given->n, column_unit) || given->n % column_unit != 0) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "N is %lld, expected a positive multiple of %d up to %d",
@@ -213,7 +215,8 @@ w4a16_status w4a16_tactic(int32_t index, w4a16_tactic_info *info) {
             rows |= family.rows;
             found.quant_ops |= 1u << family.quant_op;
             int32_t *const end = found.groups + groups;
-            if (family.group_size != 0 && groups < most_groups && std::find(found.groups, end, family.group_size) == end) {
+            const bool listed = std::find(found.groups, end, family.group_size) != end;
+            if (family.group_size != 0 && !listed && groups < most_groups) {
                 found.groups[groups++] = family.group_size;
             }
         }

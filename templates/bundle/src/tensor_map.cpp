@@ -29,5 +29,6 @@ extern "C" __attribute__((visibility("hidden"))) CUresult CUDAAPI cuTensorMapEnc
     if (encode == nullptr) {
         return CUDA_ERROR_NOT_FOUND;
     }
-    return encode(map, type, rank, address, extents, strides, box, element_strides, interleave, swizzle, promotion, fill);
+    return encode(map, type, rank, address, extents, strides, box, element_strides, interleave, swizzle, promotion,
+        fill);
 }

@@ -1,0 +1,1 @@
+"""The real command, ``python -m pipeline``, on the miniature upstream."""
