@@ -393,7 +393,10 @@ def _finished(
 def _best(atoms: Sequence[_Atom], most_jobs: int, memory_bytes: int, costs: Costs) -> Plan:
     gemm = [atom for atom in atoms if atom[0].kind == "gemm"]
     gemv = [atom for atom in atoms if atom[0].kind == "gemv"]
+    wrappers = [atom for atom in atoms if atom[0].kind == "wrapper"]
     rest = _alone((atom for atom in atoms if atom[0].kind in ("cuda", "cxx")), costs)
+    # Headers are nearly all that a wrapper costs: one unit, which a change compiles in seconds.
+    rest += _balanced("wrapper", wrappers, 1, costs) if wrappers else []
     candidates = []
     for gemm_count in range(1, len(gemm) + 1) if gemm else [0]:
         gemm_units = _balanced("gemm", gemm, gemm_count, costs)
@@ -442,7 +445,7 @@ def _kept(
         return None
     units = [_unit(name, group, costs) for name, group in content.items()]
     names = {unit.name for unit in previous.units}
-    for kind in ("gemm", "gemv"):
+    for kind in UNITY_TARGETS:
         group = [atom for atom in added if atom[0].kind == kind]
         if group:
             number = next(n for n in range(len(names) + 1) if f"{kind}_{n:02}" not in names)

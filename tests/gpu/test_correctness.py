@@ -19,6 +19,8 @@ ROWS = (1, 2, 3, 7, 15, 16, 17, 64, 100, 300, 1024)
 GROUPS = (64, 128, 256)
 #: Enough outputs for the ratio of two errors to be a property of the kernel and not of luck.
 ENOUGH_OUTPUTS = 4096
+#: Errors in one row go together (all columns see the same activations), so few rows say little.
+ENOUGH_ROWS = 32
 
 #: (N, K): the smallest, odd multiples of the units of N (8) and K (64), many rounds of the GEMV.
 SHAPES = (
@@ -159,7 +161,8 @@ class Measurement:
         bias = self.operands.bias if with_bias else None
         repeats = 1
         if taken.is_gemv:
-            repeats = max(1, min(ENOUGH_OUTPUTS // (m * weights.n), max(ROWS) // m))
+            wanted = max(ENOUGH_OUTPUTS // (m * weights.n), -(-ENOUGH_ROWS // m))
+            repeats = max(1, min(wanted, max(ROWS) // m))
         size = self.library.workspace_size(index, problem_of(weights, m, with_bias))
         if size > self.workspace.capacity:
             self.workspace = Guarded(size)

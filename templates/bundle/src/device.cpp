@@ -5,6 +5,7 @@
 #include "device.h"
 
 #include "config.h"
+#include "driver.h"
 #include "status.h"
 
 #include <atomic>
@@ -113,6 +114,20 @@ w4a16_status check_current_device(int &sm_count) {
         sm_counts[device].store(sm_count, std::memory_order_relaxed);
     }
     return W4A16_OK;
+}
+
+w4a16_status ensure_context() {
+    static const auto current_context = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent", 4000);
+    CUcontext context = nullptr;
+    if (current_context != nullptr && current_context(&context) == CUDA_SUCCESS && context != nullptr) {
+        return W4A16_OK;
+    }
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaSetDevice(device);
+    }
+    return error == cudaSuccess ? W4A16_OK : device_error(error);
 }
 
 int sm_count_or_default() {

@@ -95,6 +95,9 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
     if (const w4a16_status status = check_current_device(sm_count); status != W4A16_OK) {
         return status;
     }
+    if (const w4a16_status status = ensure_context(); status != W4A16_OK) {
+        return status;
+    }
     const std::size_t needed = workspace_size(index, problem, sm_count);
     if (needed > 0 && (args->workspace == nullptr || args->workspace_bytes < needed)) {
         return fail(W4A16_ERROR_WORKSPACE, "workspace has %zu bytes, this tactic and problem need %zu",

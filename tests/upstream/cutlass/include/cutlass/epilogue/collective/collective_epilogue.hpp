@@ -2,19 +2,13 @@
 #pragma once
 
 #include "cutlass/cutlass.h"
+#include "cutlass/epilogue/dispatch_policy.hpp"
+#include "cutlass/epilogue/dispatch_policy.hpp"
 
 namespace cutlass
 {
 namespace epilogue
 {
-struct TmaWarpSpecialized
-{
-};
-
-struct TmaWarpSpecializedCooperative
-{
-};
-
 namespace collective
 {
 // out = alpha * sum + bias; a null bias counts as zero.
