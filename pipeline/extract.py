@@ -43,7 +43,8 @@ def extract(
     inputs: dict[str, Any] = {
         "content": [sources.trtllm.digests, sources.cutlass.digests],
         "facts": facts,
-        "profile": profile,
+        # Where the sources come from is told by their content.
+        "profile": profile.model_dump(mode="json", exclude={"upstream"}),
         "code": code_digest(),
     }
     generated = run.run_dir / "generated"
@@ -85,12 +86,12 @@ def extract(
         with run.reporter.stage("render"):
             return render.render(profile, facts, sources, selection, closure, run.source)
 
-    commits = [sources.trtllm.commit, sources.cutlass.commit]
+    names = [profile.upstream.trtllm.url, sources.trtllm.commit, sources.cutlass.commit]
     bundle = stages.run(
         "render",
         Bundle,
         make_bundle,
-        inputs={**inputs, "closure": closure, "commits": commits},
+        inputs={**inputs, "closure": closure, "names": names},
         outputs=(run.source,),
     )
     values = manifest.extracted(profile, sources, tree, selection, closure, bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,7 +249,8 @@ def _check_out(
         write_json(stamp, digests)
     return Checkout(
         name=name,
-        url=store.location.url,
+        # Names and passwords in a URL are nobody's business.
+        url=re.sub(r"://[^/@]*@", "://", store.location.url),
         ref=ref,
         commit=commit,
         folder=str(folder),
@@ -274,6 +276,9 @@ def _digests(folder: Path, paths: tuple[str, ...]) -> dict[str, str]:
             found[path] = sha256_file(place)
         elif place.is_dir():
             files = {p.relative_to(place).as_posix(): sha256_file(p) for p in walk_files(place)}
+            for link in (p for p in place.rglob("*") if p.is_symlink()):
+                target = f"link to {link.readlink()}"
+                files[link.relative_to(place).as_posix()] = sha256_bytes(target.encode())
             found[path] = digest_of_files(files)
     return found
 

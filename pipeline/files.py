@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -170,23 +171,30 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     try:
         fresh.chmod(0o755)
         yield fresh
-        old = target.with_name(f".{target.name}.old")
-        remove_tree(old)
-        if target.exists():
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        remove_tree(old)
+    except BaseException as error:
+        remove_tree(fresh)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(target, error) from error
+        raise
+    try:
+        _replace(fresh, target)
     except OSError as error:
         remove_tree(fresh)
         raise _no_room(target, error) from error
-    except BaseException:
-        remove_tree(fresh)
+
+
+def _replace(fresh: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    remove_tree(old)
+    if target.exists():
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
         raise
+    remove_tree(old)
 
 
 def recover_folder(target: Path) -> None:

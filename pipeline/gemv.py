@@ -22,6 +22,14 @@ _FOR_M = re.compile(r"\bDISPATCHER_FOR_M\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s
 _DISPATCHER = "kernelDispatcher.h"
 #: Tile of K that the W4A16 kernels read; upstream's others are for FP8 activations.
 _K_TILE = 64
+#: What a family is made for: quant op and group size (0: per column).
+_VARIANTS: tuple[tuple[QuantOp, int], ...] = (
+    ("per_column", 0),
+    ("group_scale", 64),
+    ("group_scale", 128),
+    ("group_scale_zero", 64),
+    ("group_scale_zero", 128),
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def select(profile: Profile, facts: ReleaseFacts, checkout: Path) -> Gemv:
         selected=selected,
         dropped=(
             *(_dropped(i, reason) for i, reason in reasons.items() if reason),
-            *_unused_variants(choice, kept, tables),
+            *_unused_variants(choice, profile, kept, tables),
         ),
         reason="" if selected else "the profile's choice of groups and bias is empty",
     )
@@ -140,16 +148,11 @@ def _families(
     kept: dict[str, _Instance],
     tables: dict[bool, tuple[GemvKernel, ...]],
 ) -> Iterable[GemvFamily]:
-    wanted: list[tuple[QuantOp, int, bool]] = []
-    if choice.per_column:
-        wanted.append(("per_column", 0, False))
-    for zero in choice.zeros:
-        quant_op: QuantOp = "group_scale_zero" if zero else "group_scale"
-        wanted += [(quant_op, group, zero) for group in choice.groups]
-    for quant_op, group, zero in wanted:
-        name = "FP16Int4Groupwise" if group else "FP16Int4PerChannel"
-        if quant_op not in profile.gemm.quant_ops:
+    for quant_op, group in _VARIANTS:
+        if _turned_off(choice, profile, quant_op, group):
             continue
+        zero = quant_op == "group_scale_zero"
+        name = _kernel_type(group)
         if name not in kept:
             raise SelectError(
                 f"the release has no {name} GEMV for this architecture's layout",
@@ -166,9 +169,8 @@ def _families(
                 hint="take from: " + ", ".join(str(kernel.m) for kernel in tables[zero]),
             )
         for bias in choice.bias:
-            shown_group = f"_g{group}" if group else ""
             yield GemvFamily(
-                ident=f"gemv_{QUANT_OP_SHORT[quant_op]}{shown_group}{'_bias' if bias else ''}",
+                ident=_ident(quant_op, group, bias),
                 quant_op=quant_op,
                 group_size=group,
                 zero=zero,
@@ -179,10 +181,46 @@ def _families(
             )
 
 
+def _ident(quant_op: QuantOp, group: int, bias: bool) -> str:
+    shown_group = f"_g{group}" if group else ""
+    return f"gemv_{QUANT_OP_SHORT[quant_op]}{shown_group}{'_bias' if bias else ''}"
+
+
+def _kernel_type(group: int) -> str:
+    return "FP16Int4Groupwise" if group else "FP16Int4PerChannel"
+
+
+def _turned_off(choice: GemvChoice, profile: Profile, quant_op: QuantOp, group: int) -> str:
+    """Why the profile has no GEMV for this quant op and group; empty when it has."""
+    if quant_op not in profile.gemm.quant_ops:
+        return f"quant op {quant_op} is not in gemm.quant_ops of the profile"
+    if group == 0:
+        return "" if choice.per_column else "gemv.per_column is off in the profile"
+    if group not in choice.groups:
+        return f"group {group} is not in gemv.groups of the profile"
+    zero = quant_op == "group_scale_zero"
+    return "" if zero in choice.zeros else f"zeros: {zero} is not in gemv.zeros of the profile"
+
+
 def _unused_variants(
-    choice: GemvChoice, kept: dict[str, _Instance], tables: dict[bool, tuple[GemvKernel, ...]]
+    choice: GemvChoice,
+    profile: Profile,
+    kept: dict[str, _Instance],
+    tables: dict[bool, tuple[GemvKernel, ...]],
 ) -> Iterable[Dropped]:
-    """What upstream's dispatcher would instantiate beside the kept variants, and why it goes."""
+    """What upstream has beside the kept variants, and why it goes."""
+    for quant_op, group in _VARIANTS:
+        source = kept.get(_kernel_type(group))
+        off = _turned_off(choice, profile, quant_op, group)
+        for bias in (False, True):
+            no_bias = "" if bias in choice.bias else f"bias: {bias} is not in gemv.bias"
+            if source is not None and (off or no_bias):
+                yield Dropped(
+                    name=f"{_kernel_type(group)} {_ident(quant_op, group, bias)}",
+                    origin=source.origin,
+                    line=source.line,
+                    reason=off or no_bias,
+                )
     for name, instance in sorted(kept.items()):
         grouped = name.endswith("Groupwise")
         groups: tuple[int, ...] = (64, 128) if grouped else (0,)

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field
 
-from pipeline.errors import LockError
+from pipeline.errors import LockError, ProfileError
 from pipeline.files import write_text
 from pipeline.model import Checkout, Sources
 from pipeline.profile import Model, load_yaml_model
@@ -35,7 +35,14 @@ class Lock(Model):
 def load_lock(path: Path) -> Lock | None:
     if not path.exists():
         return None
-    return load_yaml_model(path, Lock, what="lock")
+    try:
+        return load_yaml_model(path, Lock, what="lock")
+    except ProfileError as error:
+        raise LockError(
+            error.what,
+            details=error.details,
+            hint="restore the file from version control, or delete it to lock what is there now",
+        ) from error
 
 
 def lock_of(sources: Sources) -> Lock:

@@ -178,13 +178,32 @@ def load_profile(path: Path) -> Profile:
     return load_yaml_model(path, Profile, what="profile")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            # `<<` merges another mapping, whose keys may be given again.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        "while reading a mapping",
+                        node.start_mark,
+                        f"the key {key.value!r} is given twice",
+                        key.start_mark,
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
 def load_yaml_model(path: Path, model: type[M], *, what: str) -> M:
     """Read ``path`` into ``model``; every fault becomes one ProfileError that names the key."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError as error:
         raise ProfileError(
             f"{what} {path} does not exist",

@@ -138,10 +138,12 @@ def facts_of(table: ReleaseTable, entry: Known | Unknown, checkout: Path) -> Rel
     script = entry.generator.script
     options = entry.generator.options
     layouts = entry.gemv.layouts
+    launcher = entry.launcher
     if not isinstance(entry, Known):
         script = _find_script(checkout, script)
         options = _detect_options(checkout / script)
         layouts = _detect_layouts(checkout / entry.gemv.folder, layouts)
+        launcher = _detect_launcher(checkout, launcher)
     elif not (checkout / script).is_file():
         raise ReleaseError(
             f"the release has no generator at {script}",
@@ -152,7 +154,7 @@ def facts_of(table: ReleaseTable, entry: Known | Unknown, checkout: Path) -> Rel
         paths=entry.paths,
         script=script,
         options=options,
-        launcher=entry.launcher,
+        launcher=launcher,
         include_dirs=entry.include_dirs,
         cutlass_include_dirs=table.cutlass_include_dirs,
         link_sources=tuple(p for p in entry.link_sources if (checkout / p).is_file()),
@@ -190,3 +192,18 @@ def _detect_layouts(folder: Path, usual: dict[int, str]) -> dict[int, str]:
     details = folder / "details.h"
     text = details.read_text(encoding="utf-8", errors="replace") if details.is_file() else ""
     return {sm: layout for sm, layout in usual.items() if re.search(rf"\b{layout}\b", text)}
+
+
+def _detect_launcher(checkout: Path, usual: Launcher) -> Launcher:
+    """Scheduler and weight layout, from the text of the file that defines the launcher."""
+    for path in sorted(checkout.rglob("*launcher_sm90.inl")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if re.search(rf"\b{usual.function}\b", text):
+            permuted = re.search(r"\bCollective\w+Interleaved\b", text) is not None
+            return usual.model_copy(
+                update={
+                    "stream_k": "StreamKScheduler" in text,
+                    "sm90_layout": "permuted" if permuted else "signed",
+                }
+            )
+    return usual

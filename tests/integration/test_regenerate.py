@@ -87,13 +87,9 @@ def test_the_old_artifacts_stand_when_the_new_release_does_not_compile(
 def test_the_old_artifacts_stand_when_the_new_library_misses_a_gate(small: Site) -> None:
     """The profile's tile is gone from the new release: the selection fails."""
     profile: Json = yaml.safe_load(small.config.read_text(encoding="utf-8"))
-    gone = write_profile(
-        small.config.with_name("gone.yaml"), profile, gemm={"tiles": ["64x16x64"]}
-    )
+    gone = write_profile(small.config.with_name("gone.yaml"), profile, gemm={"tiles": ["64x16x64"]})
     before = contents(small.folder, times=True)
-    result = small.elsewhere(small.folder, config=gone).run(
-        "regenerate", "--to", "v1.1.0", code=8
-    )
+    result = small.elsewhere(small.folder, config=gone).run("regenerate", "--to", "v1.1.0", code=8)
     assert result.says("gemm.tiles: upstream has no kernel", "What to do:")
     assert contents(small.folder, times=True) == before
     shutil.rmtree(small.folder.with_name("small.next"), ignore_errors=True)
@@ -129,7 +125,9 @@ def own_project(demo: Site, small_profile: Json, tmp_path: Path) -> tuple[Forge,
         "trtllm": {"url": "artifacts/upstream/trtllm", "ref": "v1.0.0"},
         "cutlass": {"url": "artifacts/upstream/cutlass"},
     }
-    config = write_profile(project / "configs/own.yaml", small_profile, upstream=sources, name="own")
+    config = write_profile(
+        project / "configs/own.yaml", small_profile, upstream=sources, name="own"
+    )
     config.write_text("# ours\n" + config.read_text(encoding="utf-8"), encoding="utf-8")
     return Forge(project=project, vendor=project / "vendor"), config, upstream
 

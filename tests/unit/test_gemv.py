@@ -103,11 +103,6 @@ def test_an_empty_choice_gives_its_reason(run: Run) -> None:
     assert "empty" in found.reason
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="variants that the profile turns off (per column, a group, zeros, bias) are neither "
-    "selected nor dropped: pipeline/gemv.py lists only act_scale, alpha and M",
-)
 def test_a_variant_that_the_profile_turns_off_is_dropped_with_a_reason(run: Run) -> None:
     names = [entry.name for entry in run(per_column=False).dropped]
     assert any("PerChannel" in name and "bias" in name for name in names)

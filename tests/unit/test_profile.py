@@ -323,9 +323,6 @@ def test_a_profile_that_cannot_be_opened_is_a_clear_error(tmp_path: Path, kind: 
         load_profile(path)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="PyYAML lets the last of two equal keys win; load_yaml_model says nothing"
-)
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProfileError):
         load(tmp_path, yaml.safe_dump(raw_profile()) + "gates: {spill_bytes: 9}\n")
