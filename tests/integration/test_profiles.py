@@ -69,7 +69,8 @@ def test_quant_ops_tiles_and_clusters_of_the_profile_decide_what_is_kept(
 def test_gemv_variants_of_the_profile_decide_what_is_kept(
     fresh: Fresh, demo_profile: Json, gemv: dict[str, Any], families: int, kernels: int
 ) -> None:
-    site = fresh(gemv={**demo_profile["gemv"], **gemv})
+    every = {"quant_ops": demo_profile["gemm"]["quant_ops"]}
+    site = fresh(gemm=every, gemv={**demo_profile["gemv"], **gemv})
     site.extract()
     selected = site.manifest["gemv"]["selected"]
     assert sum(len(family["kernels"]) for family in selected) == kernels
