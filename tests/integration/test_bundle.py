@@ -62,10 +62,10 @@ def test_a_release_is_also_taken_by_branch_and_by_commit(small: Site, fresh: Fre
     assert by_branch.manifest["sources"]["cutlass"]["commit"] == small.upstream.next_cutlass_commit
 
 
-def test_a_generator_without_gemv_layouts_for_hopper_gives_a_bundle_without_gemv(
+def test_a_release_before_the_hopper_gemv_is_extracted_without_one_and_says_why(
     demo: Site, fresh: Fresh, tmp_path: Path
 ) -> None:
-    """A release of the years before is told by its version, and extracted without a GEMV."""
+    """It is told by its version, and its generator takes no architecture."""
     version = "tensorrt_llm/version.py"
     generator = "cpp/tensorrt_llm/kernels/cutlass_kernels/python/generate_kernels.py"
     checkout = next(demo.vendor.glob("trtllm-*/LICENSE")).parent

@@ -63,7 +63,8 @@ def test_quant_ops_tiles_and_clusters_of_the_profile_decide_what_is_kept(
         ({"m": {"from": 2, "to": 3}}, 10, 20),
         ({"groups": [64], "per_column": False}, 4, 16),
         ({"groups": [], "zeros": [False], "bias": [False]}, 1, 4),
-        ({"zeros": [True], "bias": [True]}, 2, 8),
+        # Per column has no zeros to choose.
+        ({"zeros": [True], "bias": [True]}, 3, 12),
     ],
 )
 def test_gemv_variants_of_the_profile_decide_what_is_kept(
@@ -134,3 +135,10 @@ def test_the_default_folder_of_a_run_is_named_for_profile_and_release(
     assert (place / "source/CMakeLists.txt").is_file()
     assert (place / "upstream.lock.yaml").is_file()
     assert not (small.vendor / "upstream.lock.yaml").exists()
+
+
+def test_build_with_a_profile_of_other_kernels_than_extracts_is_refused(small: Site) -> None:
+    other = changed(small, "other", gemm={"tiles": ["64x16x64"]})
+    before = contents(small.folder, times=True)
+    assert other.build(code=17).says("extract", "What to do:")
+    assert contents(small.folder, times=True) == before

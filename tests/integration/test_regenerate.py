@@ -84,8 +84,9 @@ def test_the_old_artifacts_stand_when_the_new_release_does_not_compile(
     shutil.rmtree(site.folder.with_name("small.next"), ignore_errors=True)
 
 
-def test_the_old_artifacts_stand_when_the_new_library_misses_a_gate(small: Site) -> None:
-    """The profile's tile is gone from the new release: the selection fails."""
+def test_the_old_artifacts_stand_when_the_new_release_lacks_what_the_profile_asks_for(
+    small: Site,
+) -> None:
     profile: Json = yaml.safe_load(small.config.read_text(encoding="utf-8"))
     gone = write_profile(small.config.with_name("gone.yaml"), profile, gemm={"tiles": ["64x16x64"]})
     before = contents(small.folder, times=True)
