@@ -15,7 +15,7 @@ from pipeline import produce
 from pipeline.console import Reporter
 from pipeline.errors import ForgeError
 from pipeline.extract import extract as run_extract
-from pipeline.git import parse_location
+from pipeline.git import parse_location, show_commands
 from pipeline.process import terminable
 from pipeline.regenerate import regenerate as move_to
 from pipeline.run import DEFAULT_PROFILE, ROOT, Options, locate_run
@@ -113,6 +113,8 @@ def _stage(function: Callable[..., None]) -> Callable[..., None]:
     def command(**values: Any) -> None:
         options = _options(**{name: values.pop(name) for name in shared})
         reporter = Reporter(verbose=options.verbose)
+        if reporter.show is not None:
+            show_commands(reporter.show)
         try:
             function(options, reporter, **values)
         except KeyboardInterrupt:  # typer would turn it into a silent exit

@@ -126,6 +126,7 @@ def bundle_of(run: Run) -> tuple[Bundle, Selection, tuple[str, ...]]:
             f"{run.run_dir} holds no bundle",
             hint="run `nox -s extract` first, with the same --config and --out",
         )
+    _require_same_profile(run)
     found = tree_digests(run.source) if run.source.is_dir() else {}
     found.pop(render.INDEX, None)
     missing = sorted(bundle.files.keys() - found.keys())
@@ -140,3 +141,19 @@ def bundle_of(run: Run) -> tuple[Bundle, Selection, tuple[str, ...]]:
         digest = f"{digest_of_files(found)}-dirty"
         return replace(bundle, files=found, digest=digest), selection, changed
     return bundle, selection, ()
+
+
+def _require_same_profile(run: Run) -> None:
+    """The bundle was rendered from a profile; another one needs another bundle."""
+    made_from = manifest.read(run.run_dir)["profile"]
+    asked = run.profile.model_dump(mode="json", by_alias=True)
+    baked_in = ("name", "architecture", "activation", "weight", "gemm", "gemv")
+    changed = [key for key in baked_in if made_from.get(key) != asked[key]]
+    if made_from["build"]["compress"] != asked["build"]["compress"]:
+        changed.append("build.compress")
+    if changed:
+        raise MissingStageError(
+            f"the bundle in {run.source} was extracted for a profile with other "
+            + ", ".join(changed),
+            hint="run `nox -s extract` with this --config first",
+        )

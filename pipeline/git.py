@@ -6,6 +6,7 @@ through ``objects/info/alternates``, which works where blobs outside the wanted 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from git import Git, GitCommandError
 
 from pipeline.errors import PathError, SourceError
 from pipeline.files import remove_tree, stays_inside
+from pipeline.process import Printer
 
 #: The user's configuration must not change what is checked out or run anything.
 _CONFIG = {
@@ -42,6 +44,26 @@ _FOREIGN = (
     *("GIT_NO_REPLACE_OBJECTS", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX", "GIT_REPLACE_REF_BASE"),
     *("GIT_SHALLOW_FILE", "GIT_WORK_TREE"),
 )
+
+
+class _Shown(logging.Handler):
+    """Hands git's command lines, as GitPython logs them, to a printer."""
+
+    def __init__(self, show: Printer) -> None:
+        super().__init__()
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(f"$ {record.getMessage()}")
+
+
+def show_commands(show: Printer) -> None:
+    """Show every git command from now on (passwords in URLs are blotted out by GitPython)."""
+    Git.GIT_PYTHON_TRACE = "1"
+    logger = logging.getLogger("git.cmd")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [_Shown(show)]
 
 
 @dataclass(frozen=True, kw_only=True)
