@@ -46,15 +46,15 @@ class Costs:
     """The cost model. Every number is a measurement on two cores, two compilations at a time,
     nvcc 13.0, or follows from one; change them here and the plans follow."""
 
-    # One SM90 instantiation 44 s and 4.6 GB, four 70 s, ten 115 s of CPU time; eight with five
-    # device kernels 8.4 to 8.9 GB, with six 9.3 to 9.7; a per-column instantiation beside the
+    # One SM90 instantiation 62 s and 4.6 GB; eight with five device kernels 92 to 106 s and 8.0 to
+    # 9.4 GB, with six 107 to 111 s and 9.3 to 9.7 GB; a per-column instantiation beside the
     # group-scale one of the same tile and cluster adds host code only.
     gemm: KindCosts = KindCosts(
-        fixed_seconds=38,
+        fixed_seconds=50,
         kernel_seconds=8,
         sharing_seconds=3,
-        first_bytes=5_200_000_000,
-        kernel_bytes=900_000_000,
+        first_bytes=4_600_000_000,
+        kernel_bytes=980_000_000,
     )
     # 63 wrappers in one unit: headers, and next to nothing each.
     wrapper: KindCosts = KindCosts(
@@ -89,12 +89,8 @@ class Costs:
     )
     #: Configuring, linking both libraries and installing.
     overhead_seconds: float = 8
-    #: A change in one wrapper should rebuild within this …
-    rebuild_seconds: float = 60
-    #: … where the whole build gets no slower than this for it,
-    rebuild_price: float = 0.5
-    #: and smaller units are worth this much in any case.
-    small_units_price: float = 0.10
+    #: Smaller units, of which a change compiles less again, are worth this much of the time.
+    small_units_price: float = 0.02
     #: Part of the free memory, and of all memory, that compilers may fill.
     available_share: float = 0.85
     total_share: float = 0.78
@@ -217,11 +213,10 @@ def plan_units(
 ) -> Plan:
     """Group ``members`` into units and choose how many to compile at a time.
 
-    The plan with the least predicted time wins, or one a little slower with smaller units, so
-    that a changed wrapper is compiled again soon (see :class:`Costs`). The memory of the ``jobs``
-    greediest units never passes ``memory_bytes`` together. A ``previous`` plan is kept as far as
-    its sources are the same, so that a build that is there stays of use. The same arguments give
-    the same plan.
+    The plan with the least predicted time wins, or one a little slower with smaller units. The
+    memory of the ``jobs`` greediest units never passes ``memory_bytes`` together. A ``previous``
+    plan is kept as far as its sources are the same, so that a build that is there stays of use.
+    The same arguments give the same plan.
     """
     atoms = _atoms(members)
     limit_jobs = max(1, min(cores, jobs) if jobs is not None else cores)
@@ -406,21 +401,12 @@ def _best(atoms: Sequence[_Atom], most_jobs: int, memory_bytes: int, costs: Cost
             if plan is not None:
                 candidates.append(plan)
     fastest = min(plan.seconds for plan in candidates)
-    quick = [
-        plan
-        for plan in candidates
-        if plan.seconds <= fastest * (1 + costs.rebuild_price)
-        and _rebuild(plan, costs) <= costs.rebuild_seconds
-    ]
-    if quick:
-        return min(quick, key=lambda plan: (plan.seconds, len(plan.units)))
     near = [plan for plan in candidates if plan.seconds <= fastest * (1 + costs.small_units_price)]
-    return min(near, key=lambda plan: (_rebuild(plan, costs), plan.seconds, len(plan.units)))
+    return min(near, key=lambda plan: (_longest(plan), plan.seconds, len(plan.units)))
 
 
-def _rebuild(plan: Plan, costs: Costs) -> float:
-    """How long a change in one wrapper takes at worst."""
-    return max((unit.seconds for unit in plan.units), default=0.0) + costs.overhead_seconds
+def _longest(plan: Plan) -> float:
+    return max((unit.seconds for unit in plan.units), default=0.0)
 
 
 def _kept(

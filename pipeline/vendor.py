@@ -23,6 +23,7 @@ _LICENSES = {
     ("trtllm", "LICENSE"): "licenses/TensorRT-LLM.txt",
     ("cutlass", "LICENSE.txt"): "licenses/CUTLASS.txt",
 }
+_ABSOLUTE_INCLUDE = re.compile(rb'^[ \t]*#[ \t]*include[ \t]*["<][ \t]*(/[^">\n]*)', re.MULTILINE)
 #: Where a compiler's own headers may be; what a probe reads elsewhere is refused.
 _SYSTEM_ROOTS = ("/usr", "/lib", "/opt")
 
@@ -164,6 +165,13 @@ def _classified(
 
 def _vendored(name: str, path: Path, root: Path) -> VendoredFile:
     relative = path.relative_to(root).as_posix()
+    absolute = _ABSOLUTE_INCLUDE.search(path.read_bytes())
+    if absolute is not None:
+        raise PathError(
+            f"upstream's {relative} includes {absolute.group(1).decode(errors='replace')}, "
+            "a place outside its repository",
+            hint="use another copy of the repository; this one may have been tampered with",
+        )
     folder = TRTLLM if name == "trtllm" else CUTLASS
     return VendoredFile(
         path=f"{folder}/{relative}", origin=f"{name}:{relative}", sha256=sha256_file(path)
