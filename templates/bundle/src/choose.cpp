@@ -28,18 +28,24 @@ std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
     return (value + unit - 1) / unit;
 }
 
+// Whether tiles of `tile` rows compute at most a quarter more rows than there are.
+bool little_padding(int rows, int tile) {
+    return 4 * ceil_div(rows, tile) * tile <= 5ll * rows;
+}
+
 // The CTA tile (over N and M) that w4a16.h states.
 void preferred_tile(const Problem &problem, int sm_count, int &tile_n, int &tile_m) {
     const int half = covering_tile(problem.m / 2, 256);
     if (fills_one_wave(ceil_div(problem.n, 64) * ceil_div(problem.m, half), sm_count)
-        && (problem.k <= 8192 || problem.m >= 512)) {
+        && (problem.m <= 128 || little_padding(problem.m, half)) && (problem.k <= 8192 || problem.m >= 512)) {
         tile_n = 64;
         tile_m = half;
         return;
     }
     tile_n = 128;
     tile_m = covering_tile(problem.m, 128);
-    if (problem.m > 128 && 4 * ceil_div(problem.n, 128) * ceil_div(problem.m, 256) > 3ll * sm_count) {
+    if (problem.m > 128 && little_padding(problem.m, 256)
+        && 4 * ceil_div(problem.n, 128) * ceil_div(problem.m, 256) > 3ll * sm_count) {
         tile_m = 256;
     }
 }
