@@ -37,8 +37,9 @@ def regenerate(options: Options, reporter: Reporter, to: str, *, build: bool = T
         options = replace(options, trtllm=given)
     resolved = resolve(options, moved)
     target = options.out.resolve() if options.out else old_dir.with_name(resolved.release)
-    # What is there stays until all is well: the new run gets a folder of its own.
-    place = target.with_name(f"{target.name}.next") if target.exists() else target
+    # What is finished there stays until all is well: the new run gets a folder of its own.
+    finished = target == old_dir or (target / "report.md").is_file()
+    place = target.with_name(f"{target.name}.next") if finished else target
     run = Run(options, reporter, place, moved)
     with run.held():
         _, sources = extract(run, resolved, allow_moved=True)
