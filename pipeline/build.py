@@ -22,7 +22,6 @@ from rich.text import Text
 from pipeline.errors import BuildError, ResourceError
 from pipeline.files import (
     digest_json,
-    digest_of_files,
     read_json,
     recover_folder,
     remove_tree,
@@ -100,7 +99,6 @@ def build(
     _install(work_dir, install_dir, toolchain, env, show)
     return Build(
         install=os.path.relpath(install_dir, work_dir.parent),
-        bundle_digest=digest_of_files(digests),
         compiler=f"nvcc {toolchain.version_text} ({toolchain.origin}), {toolchain.host_version}",
         flags=_cuda_flags(work_dir),
         cmake=".".join(str(part) for part in toolchain.cmake_version),

@@ -22,7 +22,7 @@ from pipeline.files import (
     replaced_folder,
     sha256_bytes,
     sha256_file,
-    walk_files,
+    tree_digests,
     write_json,
 )
 from pipeline.git import Location, Repository, locate
@@ -275,7 +275,7 @@ def _digests(folder: Path, paths: tuple[str, ...]) -> dict[str, str]:
         if place.is_file():
             found[path] = sha256_file(place)
         elif place.is_dir():
-            files = {p.relative_to(place).as_posix(): sha256_file(p) for p in walk_files(place)}
+            files = tree_digests(place)
             for link in (p for p in place.rglob("*") if p.is_symlink()):
                 target = f"link to {link.readlink()}"
                 files[link.relative_to(place).as_posix()] = sha256_bytes(target.encode())

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -177,13 +177,14 @@ def replaced_folder(target: Path) -> Iterator[Path]:
             raise _no_room(target, error) from error
         raise
     try:
-        _replace(fresh, target)
+        swap_folder(fresh, target)
     except OSError as error:
         remove_tree(fresh)
         raise _no_room(target, error) from error
 
 
-def _replace(fresh: Path, target: Path) -> None:
+def swap_folder(fresh: Path, target: Path) -> None:
+    """Put ``fresh`` in the place of ``target``; if that fails, ``target`` is what it was."""
     old = target.with_name(f".{target.name}.old")
     remove_tree(old)
     if target.exists():
@@ -208,9 +209,3 @@ def recover_folder(target: Path) -> None:
     if target.parent.is_dir():
         for leftover in target.parent.glob(f".{target.name}.new-*"):
             remove_tree(leftover)
-
-
-def copy_files(pairs: Iterable[tuple[Path, Path]]) -> None:
-    for source, target in pairs:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)

@@ -217,7 +217,6 @@ class Build:
 
     install: str
     """Install tree, relative to DIR."""
-    bundle_digest: str
     compiler: str
     flags: list[str]
     cmake: str

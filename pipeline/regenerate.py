@@ -10,7 +10,7 @@ from pipeline import diff, fetch, manifest, produce
 from pipeline.console import Reporter
 from pipeline.errors import MissingStageError
 from pipeline.extract import extract
-from pipeline.files import remove_tree, write_json, write_text
+from pipeline.files import swap_folder, write_json, write_text
 from pipeline.git import Location
 from pipeline.lock import lock_of, write_lock
 from pipeline.profile import Profile, load_profile
@@ -54,7 +54,7 @@ def regenerate(options: Options, reporter: Reporter, to: str, *, build: bool = T
         if resolved.wanted.given:
             write_lock(place / fetch.LOCK_NAME, lock_of(sources))
         if place != target:
-            _swap(place, target)
+            swap_folder(place, target)
         if not resolved.wanted.given:
             write_lock(options.vendor / fetch.LOCK_NAME, lock_of(sources))
             _write_ref(options.config, profile, to)
@@ -65,14 +65,6 @@ def _at(profile: Profile, ref: str) -> Profile:
     trtllm = profile.upstream.trtllm.model_copy(update={"ref": ref})
     upstream = profile.upstream.model_copy(update={"trtllm": trtllm})
     return profile.model_copy(update={"upstream": upstream})
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    old = target.with_name(f"{target.name}.old")
-    remove_tree(old)
-    target.rename(old)
-    fresh.rename(target)
-    remove_tree(old)
 
 
 def _write_ref(config: Path, profile: Profile, ref: str) -> None:

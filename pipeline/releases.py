@@ -20,8 +20,6 @@ FETCH_CONTENT = "3rdparty/fetch_content.json"
 CUTLASS_SUBMODULE = "3rdparty/cutlass"
 VERSION_FILE = "tensorrt_llm/version.py"
 
-Pin = Literal["submodule", "fetch_content"]
-
 
 class Generator(Model):
     script: str
@@ -69,7 +67,6 @@ class Known(Unknown):
     """An entry for the releases whose version ``versions`` holds."""
 
     versions: str
-    cutlass_pin: Pin
 
 
 class Refused(Model):
