@@ -25,7 +25,7 @@ from pipeline.releases import ReleaseFacts
 
 _ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = _ROOT / "templates"
-#: Our own CUDA and C++, copied into the bundle's src/ as it is.
+#: Our own CUDA and C++: FOLDER/FILE becomes src/FOLDER/FILE of the bundle, as it is.
 KERNELS = _ROOT / "kernels"
 INDEX = "bundle.json"
 #: Each GEMM kernel has a file in both: upstream's instantiation, and our wrapper of it.
@@ -61,6 +61,7 @@ def context(
         "tactics": [{"name": name, "kernels": kernels} for name, kernels in tactics.items()],
         "include_dirs": vendor.include_dirs(facts),
         "sources": closure.sources,
+        "own_sources": own_sources(),
         "layout_check_sources": closure.layout_check_sources,
         "launcher_include": selection.selected[0].instantiation.include[0],
         "launcher": facts.launcher,
@@ -69,6 +70,20 @@ def context(
         "compress": profile.build.compress,
         "shims": closure.shims,
     }
+
+
+def own_files() -> dict[str, Path]:
+    """Where each file of :data:`KERNELS` goes: every folder of it becomes one of src/."""
+    return {
+        f"src/{path.relative_to(KERNELS).as_posix()}": path
+        for path in walk_files(KERNELS)
+        if path.name != "README.md"
+    }
+
+
+def own_sources() -> tuple[str, ...]:
+    """Which of :func:`own_files` are compiled."""
+    return tuple(name for name in sorted(own_files()) if name.endswith((".cpp", ".cu")))
 
 
 def gencode(profile: Profile) -> str:
@@ -132,9 +147,7 @@ def rendered(values: Mapping[str, Any], selection: Selection) -> dict[str, bytes
             render(f"bundle/{name}", name.removesuffix(".j2"))
         else:
             files[name] = path.read_bytes()
-    for path in walk_files(KERNELS):
-        if path.name != "README.md":
-            files[f"src/{path.relative_to(KERNELS).as_posix()}"] = path.read_bytes()
+    files.update({name: path.read_bytes() for name, path in own_files().items()})
     for name in values["shims"]:
         render(f"shims/{name}.j2", f"shims/{name}")
     for kernel in selection.selected:

@@ -1,4 +1,5 @@
-// Packs weights in tiles of 128 x 128 nibbles: a transposition of 16 x 16 blocks in 64-bit words.
+// Packs weights on the CPU, in tiles of 128 x 128 nibbles.  What lies along the rows is transposed, in blocks of 16 x
+// 16 nibbles; what lies along the columns already needs no more than the nibbles of each 16 bytes rearranged.
 
 #include "pack.h"
 
@@ -7,6 +8,7 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -27,48 +29,29 @@ struct Tile {
     alignas(64) Word lines[tile_extent][line_words];
 };
 
-// Which of 32 rows stands at which nibble of their 16 bytes.
-struct RowOrder {
-    std::uint8_t row[32];
-};
-
-constexpr RowOrder natural_order() {
-    RowOrder order{};
-    for (int nibble = 0; nibble < 32; ++nibble) {
-        order.row[nibble] = static_cast<std::uint8_t>(nibble);
-    }
-    return order;
-}
-
-// A 32-bit word w of the four holds rows 2w and 2w + 1 of each 8: the pairs that one thread feeds to an MMA.  All even
-// rows come first, so that masking a register gives two values a half2 apart.
-constexpr RowOrder permuted_order() {
-    RowOrder order{};
-    for (int nibble = 0; nibble < 32; ++nibble) {
-        const int word = nibble / 8;
-        const int place = nibble % 8;
-        order.row[nibble] = static_cast<std::uint8_t>(2 * word + place / 4 + 8 * (place % 4));
-    }
-    return order;
-}
-
 struct Traits {
-    RowOrder order;
+    bool permuted;
     Word flip; // xor on every nibble: 8 turns unsigned into signed
     bool interleaved;
 };
 
-Traits traits_of(Layout layout) {
+constexpr Word fill_word = 0x1111111111111111u * fill_nibble;
+constexpr int fill_byte = 0x11 * fill_nibble;
+
+constexpr Traits traits_of(Layout layout) {
     switch (layout) {
     case Layout::column_signed:
-        return {natural_order(), 0x8888888888888888u, false};
+        return {false, 0x8888888888888888u, false};
     case Layout::interleaved:
-        return {permuted_order(), 0, true};
+        return {true, 0, true};
     case Layout::column_permuted:
         break;
     }
-    return {permuted_order(), 0, false};
+    return {true, 0, false};
 }
+
+// Rows in their order and unchanged.
+constexpr Traits natural{false, 0, false};
 
 // Transposes `line_words` blocks of 16 x 16 nibbles at once; its own inverse.  Each step swaps the off-diagonal halves
 // of ever smaller blocks.
@@ -95,13 +78,13 @@ void transpose(Word (&block)[16][line_words]) {
     transpose_step<1>(block, 0x0f0f0f0f0f0f0f0fu);
 }
 
-// Rows of the plain tile to columns of the packed tile.
-void rows_to_columns(const Tile &rows, Tile &columns, const Traits &traits) {
+// Rows of the plain tile to columns of the packed tile; in AWQ's order of columns if the rows are.
+void rows_to_columns(const Tile &rows, Tile &columns, const Traits &traits, bool awq) {
     for (int part = 0; part < line_words; ++part) { // 16 rows each, half of a permuted 32
         alignas(64) Word block[16][line_words];
         const int first_row = part / 2 * 32;
         for (int i = 0; i < 16; ++i) {
-            const Word(&line)[line_words] = rows.lines[first_row + traits.order.row[part % 2 * 16 + i]];
+            const Word(&line)[line_words] = rows.lines[first_row + row_at(traits.permuted, part % 2 * 16 + i)];
             for (int lane = 0; lane < line_words; ++lane) {
                 block[i][lane] = line[lane] ^ traits.flip;
             }
@@ -109,7 +92,8 @@ void rows_to_columns(const Tile &rows, Tile &columns, const Traits &traits) {
         transpose(block);
         for (int lane = 0; lane < line_words; ++lane) {
             for (int i = 0; i < 16; ++i) {
-                columns.lines[lane * 16 + i][part] = block[i][lane];
+                const int column = awq ? i / 8 * 8 + awq_column(i % 8) : i;
+                columns.lines[lane * 16 + column][part] = block[i][lane];
             }
         }
     }
@@ -126,10 +110,41 @@ void columns_to_rows(const Tile &columns, Tile &rows, const Traits &traits) {
         }
         transpose(block);
         for (int i = 0; i < 16; ++i) {
-            Word(&line)[line_words] = rows.lines[first_row + traits.order.row[part % 2 * 16 + i]];
+            Word(&line)[line_words] = rows.lines[first_row + row_at(traits.permuted, part % 2 * 16 + i)];
             for (int lane = 0; lane < line_words; ++lane) {
                 line[lane] = block[i][lane];
             }
+        }
+    }
+}
+
+// Swaps nibbles whose index has bit `high` set and bit `low` clear with those that have it the other way round, where
+// `mask` selects the ones with `low` alone.
+template <int high, int low>
+Word swap_index_bits(Word word, Word mask) {
+    constexpr int shift = 4 * ((1 << high) - (1 << low));
+    const Word difference = ((word >> shift) ^ word) & mask;
+    return word ^ difference ^ (difference << shift);
+}
+
+// Rows in their order to rows as row_at() permutes them, in each 32.  Bits 4..0 of a nibble's index are r1 r0 w1 w0 h
+// in row 8r + 2w + h, and become w1 w0 h r1 r0: a rotation, in four exchanges of two bits.
+void permute(Tile &columns) {
+    for (auto &line : columns.lines) {
+        for (int part = 0; part < line_words; part += 2) {
+            Word low = line[part];
+            Word high = line[part + 1];
+            const Word difference = ((low >> 16) ^ high) & 0x0000ffff0000ffffu; // bits 4 and 2: w1 r0 r1 w0 h
+            high ^= difference;
+            low ^= difference << 16;
+            for (Word *const word : {&low, &high}) {
+                Word x = swap_index_bits<3, 1>(*word, 0x00000000ff00ff00u); // w1 w0 r1 r0 h
+                x = swap_index_bits<1, 0>(x, 0x00f000f000f000f0u);          // w1 w0 r1 h r0
+                x = swap_index_bits<2, 1>(x, 0x0000ff000000ff00u);          // w1 w0 h r1 r0
+                *word = x;
+            }
+            line[part] = low;
+            line[part + 1] = high;
         }
     }
 }
@@ -165,91 +180,255 @@ void for_each_piece(const Matrix &matrix, const Window &window, bool interleaved
     }
 }
 
-// Runs work(window) over all tiles.  Threads take runs of tiles down the columns, so that each writes to few pages.
+// How many threads are to share `items`.
+int thread_count(int threads, std::int64_t items) {
+    const std::int64_t wanted = threads > 0 ? threads : static_cast<std::int64_t>(std::thread::hardware_concurrency());
+    return static_cast<int>(std::max<std::int64_t>(1, std::min(wanted, items)));
+}
+
+// Calls work(item, thread) for each item, `threads` at a time.
 template <typename Work>
-void for_each_tile(const Matrix &matrix, int threads, Work work) {
-    const std::int64_t down = (matrix.k + tile_extent - 1) / tile_extent;
-    const std::int64_t across = (matrix.n + tile_extent - 1) / tile_extent;
-    const std::int64_t run = std::min<std::int64_t>(down, 16);
-    const std::int64_t runs_down = (down + run - 1) / run;
+void share(std::int64_t items, int threads, Work work) {
     std::atomic<std::int64_t> next{0};
-    const auto drain = [&] {
-        for (std::int64_t index = next++; index < runs_down * across; index = next++) {
-            const std::int64_t column = index / runs_down * tile_extent;
-            const std::int64_t first = index % runs_down * run;
-            for (std::int64_t tile = first; tile < std::min(first + run, down); ++tile) {
-                const std::int64_t row = tile * tile_extent;
-                work(Window{row, column, static_cast<int>(std::min<std::int64_t>(tile_extent, matrix.k - row)),
-                    static_cast<int>(std::min<std::int64_t>(tile_extent, matrix.n - column))});
-            }
+    const auto drain = [&](int thread) {
+        for (std::int64_t item = next++; item < items; item = next++) {
+            work(item, thread);
         }
     };
-
-    std::int64_t count = threads > 0 ? threads : static_cast<std::int64_t>(std::thread::hardware_concurrency());
-    count = std::max<std::int64_t>(1, std::min(count, runs_down * across));
     std::vector<std::thread> helpers;
-    helpers.reserve(static_cast<std::size_t>(count - 1));
+    helpers.reserve(static_cast<std::size_t>(threads - 1));
     try {
-        while (static_cast<std::int64_t>(helpers.size()) < count - 1) {
-            helpers.emplace_back(drain);
+        while (static_cast<int>(helpers.size()) < threads - 1) {
+            helpers.emplace_back(drain, static_cast<int>(helpers.size()) + 1);
         }
     } catch (const std::exception &) {
         // No more threads, or memory for one: those that run, and this one, do the work.
     }
-    drain();
+    drain(0);
     for (std::thread &helper : helpers) {
         helper.join();
     }
 }
 
-} // namespace
+constexpr std::int64_t tiles_in(std::int64_t extent) {
+    return (extent + tile_extent - 1) / tile_extent;
+}
 
-void pack(Layout layout, const std::uint8_t *plain, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads) {
-    const Traits traits = traits_of(layout);
-    const Matrix matrix{k, n};
-    for_each_tile(matrix, threads, [&](const Window &window) {
-        Tile rows;
-        Tile columns;
-        for (int row = 0; row < tile_extent; ++row) {
-            Word(&line)[line_words] = rows.lines[row];
-            if (row < window.rows) {
-                const std::uint8_t *source = plain + (window.row + row) * (n / 2) + window.column / 2;
-                if (window.columns == tile_extent) {
-                    std::memcpy(line, source, line_bytes);
-                    continue;
+Window window_at(const Matrix &matrix, std::int64_t row, std::int64_t column) {
+    return {row, column, static_cast<int>(std::min<std::int64_t>(tile_extent, matrix.k - row)),
+        static_cast<int>(std::min<std::int64_t>(tile_extent, matrix.n - column))};
+}
+
+// A thread takes tiles in runs down the columns, so that it writes to few pages, and loads a whole run before it writes
+// it: lines far apart cost up to twice as much if they are read and written by turns.
+constexpr int run_tiles = 16;
+
+struct Run {
+    Window windows[run_tiles];
+    int count;
+};
+
+constexpr std::int64_t runs_down(const Matrix &matrix) {
+    return (tiles_in(matrix.k) + run_tiles - 1) / run_tiles;
+}
+
+std::int64_t run_count(const Matrix &matrix) {
+    return runs_down(matrix) * tiles_in(matrix.n);
+}
+
+// Calls work(run, thread) for each, `threads` at a time.
+template <typename Work>
+void for_each_run(const Matrix &matrix, int threads, Work work) {
+    share(run_count(matrix), threads, [&](std::int64_t item, int thread) {
+        const std::int64_t column = item / runs_down(matrix) * tile_extent;
+        std::int64_t row = item % runs_down(matrix) * run_tiles * tile_extent;
+        Run run{};
+        for (; run.count < run_tiles && row < matrix.k; row += tile_extent) {
+            run.windows[run.count++] = window_at(matrix, row, column);
+        }
+        work(run, thread);
+    });
+}
+
+// How much of [from, from + tile_extent) lies before `end`.
+int present(std::int64_t from, std::int64_t end) {
+    return static_cast<int>(std::max<std::int64_t>(0, std::min<std::int64_t>(tile_extent, end - from)));
+}
+
+// The tile's rows from a source that lies along them.
+void load_rows(const Source &source, const Window &window, Tile &rows) {
+    const int bytes = present(window.column, source.n) / 2;
+    for (int row = 0; row < tile_extent; ++row) {
+        auto *line = reinterpret_cast<std::uint8_t *>(rows.lines[row]);
+        const std::int64_t at = window.row + row;
+        std::int64_t from = at < source.k ? at : -1;
+        if (source.rows != nullptr) {
+            from = row < window.rows ? source.rows[at] : -1;
+        }
+        const bool there = from >= 0 && bytes > 0;
+        if (!there || bytes < line_bytes) {
+            std::memset(line, fill_byte, line_bytes);
+        }
+        if (there) {
+            const std::uint8_t *const found = source.q + from * (source.n / 2) + window.column / 2;
+            std::memcpy(line, found, static_cast<std::size_t>(bytes));
+        }
+    }
+}
+
+// The tile's columns, rows in their order, from a source that lies along them: 32-bit words of 8 rows.
+void load_columns(const Source &source, std::int64_t first_row, std::int64_t first_column, Tile &columns) {
+    const int rows = present(first_row, source.k) / 8 * 8;
+    const int across = present(first_column, source.n);
+    if (rows < tile_extent || across < tile_extent) {
+        for (auto &line : columns.lines) {
+            std::fill(std::begin(line), std::end(line), fill_word);
+        }
+    }
+    if (rows == 0 || across == 0) {
+        return;
+    }
+    if (source.format == Format::compressed_tensors) {
+        const std::uint8_t *from = source.q + first_column * (source.k / 2) + first_row / 2;
+        for (int column = 0; column < across; ++column, from += source.k / 2) {
+            std::memcpy(columns.lines[column], from, static_cast<std::size_t>(rows / 2));
+        }
+        return;
+    }
+    const std::uint8_t *from = source.q + (first_row / 8 * source.n + first_column) * 4;
+    for (int row = 0; row < rows; row += 8, from += source.n * 4) {
+        std::uint32_t words[tile_extent];
+        std::memcpy(words, from, static_cast<std::size_t>(across) * 4);
+        for (int column = 0; column < across; ++column) {
+            std::memcpy(reinterpret_cast<std::uint8_t *>(columns.lines[column]) + row / 2, &words[column], 4);
+        }
+    }
+}
+
+void store(const Matrix &matrix, const Window &window, const Tile &columns, bool interleaved, std::uint8_t *packed) {
+    for_each_piece(matrix, window, interleaved, [&](std::int64_t offset, int column, int first, int bytes) {
+        const auto *line = reinterpret_cast<const std::uint8_t *>(columns.lines[column]);
+        std::memcpy(packed + offset, line + first, static_cast<std::size_t>(bytes));
+    });
+}
+
+void load(const Matrix &matrix, const Window &window, const std::uint8_t *packed, bool interleaved, Tile &columns) {
+    if (window.rows < tile_extent || window.columns < tile_extent) {
+        std::memset(&columns, 0, sizeof columns);
+    }
+    for_each_piece(matrix, window, interleaved, [&](std::int64_t offset, int column, int first, int bytes) {
+        auto *line = reinterpret_cast<std::uint8_t *>(columns.lines[column]);
+        std::memcpy(line + first, packed + offset, static_cast<std::size_t>(bytes));
+    });
+}
+
+// load(window, tile) for each tile of a run, then turn(tile) into packed columns.
+template <typename Load, typename Turn>
+void pack_runs(const Traits &traits, const Matrix &matrix, std::uint8_t *packed, int threads, Load load, Turn turn) {
+    const int count = thread_count(threads, run_count(matrix));
+    std::vector<Tile> buffers(static_cast<std::size_t>(count) * run_tiles);
+    for_each_run(matrix, count, [&](const Run &run, int thread) {
+        Tile *const tiles = &buffers[static_cast<std::size_t>(thread) * run_tiles];
+        for (int i = 0; i < run.count; ++i) {
+            load(run.windows[i], tiles[i]);
+        }
+        for (int i = 0; i < run.count; ++i) {
+            turn(tiles[i]);
+            store(matrix, run.windows[i], tiles[i], traits.interleaved, packed);
+        }
+    });
+}
+
+void pack_rows(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed, int threads) {
+    const auto load = [&](const Window &window, Tile &tile) { load_rows(source, window, tile); };
+    const auto turn = [&](Tile &tile) {
+        const Tile rows = tile;
+        rows_to_columns(rows, tile, traits, source.format == Format::awq);
+    };
+    pack_runs(traits, matrix, packed, threads, load, turn);
+}
+
+void pack_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
+    int threads) {
+    const auto load = [&](const Window &window, Tile &tile) {
+        load_columns(source, window.row, window.column, tile);
+    };
+    const auto turn = [&](Tile &tile) {
+        if (traits.permuted) {
+            permute(tile);
+        }
+        if (traits.flip != 0) {
+            for (auto &line : tile.lines) {
+                for (Word &word : line) {
+                    word ^= traits.flip;
                 }
-                std::memset(line, 0, line_bytes);
-                std::memcpy(line, source, static_cast<std::size_t>(window.columns / 2));
-            } else {
-                std::memset(line, 0, line_bytes);
             }
         }
-        rows_to_columns(rows, columns, traits);
-        for_each_piece(matrix, window, traits.interleaved, [&](std::int64_t offset, int column, int first, int bytes) {
-            const auto *line = reinterpret_cast<const std::uint8_t *>(columns.lines[column]);
-            std::memcpy(packed + offset, line + first, static_cast<std::size_t>(bytes));
-        });
+    };
+    pack_runs(traits, matrix, packed, threads, load, turn);
+}
+
+// Rows that are picked from columns: 128 columns at a time are turned into rows first, all the way down.
+void pack_gathered_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
+    int threads) {
+    const std::int64_t strips = tiles_in(matrix.n);
+    const std::int64_t tiles = tiles_in(source.k);
+    const int count = thread_count(threads, strips);
+    std::vector<Tile> buffers(static_cast<std::size_t>(count * tiles));
+    share(strips, count, [&](std::int64_t strip, int thread) {
+        Tile *const strip_rows = &buffers[static_cast<std::size_t>(thread * tiles)];
+        const std::int64_t column = strip * tile_extent;
+        Tile rows;
+        Tile columns;
+        for (std::int64_t tile = 0; tile < tiles; ++tile) {
+            load_columns(source, tile * tile_extent, column, columns);
+            columns_to_rows(columns, strip_rows[tile], natural);
+        }
+        for (std::int64_t row = 0; row < matrix.k; row += tile_extent) {
+            const Window window = window_at(matrix, row, column);
+            for (int i = 0; i < tile_extent; ++i) {
+                const std::int64_t from = i < window.rows ? source.rows[row + i] : -1;
+                if (from < 0) {
+                    std::memset(rows.lines[i], fill_byte, line_bytes);
+                } else {
+                    std::memcpy(rows.lines[i], strip_rows[from / tile_extent].lines[from % tile_extent], line_bytes);
+                }
+            }
+            rows_to_columns(rows, columns, traits, false);
+            store(matrix, window, columns, traits.interleaved, packed);
+        }
     });
+}
+
+} // namespace
+
+void pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads) {
+    const Traits traits = traits_of(layout);
+    const Matrix matrix{k, n};
+    const bool along_rows = source.format == Format::plain || source.format == Format::awq;
+    const auto transform = along_rows ? pack_rows : source.rows == nullptr ? pack_columns : pack_gathered_columns;
+    transform(traits, source, matrix, packed, threads);
 }
 
 void unpack(Layout layout, const std::uint8_t *packed, std::int64_t k, std::int64_t n, std::uint8_t *plain,
     int threads) {
     const Traits traits = traits_of(layout);
     const Matrix matrix{k, n};
-    for_each_tile(matrix, threads, [&](const Window &window) {
-        Tile rows;
-        Tile columns;
-        if (window.rows < tile_extent || window.columns < tile_extent) {
-            std::memset(&columns, 0, sizeof columns);
+    const int count = thread_count(threads, run_count(matrix));
+    std::vector<Tile> buffers(static_cast<std::size_t>(count) * run_tiles);
+    for_each_run(matrix, count, [&](const Run &run, int thread) {
+        Tile *const tiles = &buffers[static_cast<std::size_t>(thread) * run_tiles];
+        for (int i = 0; i < run.count; ++i) {
+            load(matrix, run.windows[i], packed, traits.interleaved, tiles[i]);
         }
-        for_each_piece(matrix, window, traits.interleaved, [&](std::int64_t offset, int column, int first, int bytes) {
-            auto *line = reinterpret_cast<std::uint8_t *>(columns.lines[column]);
-            std::memcpy(line + first, packed + offset, static_cast<std::size_t>(bytes));
-        });
-        columns_to_rows(columns, rows, traits);
-        for (int row = 0; row < window.rows; ++row) {
-            std::memcpy(plain + (window.row + row) * (n / 2) + window.column / 2, rows.lines[row],
-                static_cast<std::size_t>(window.columns / 2));
+        for (int i = 0; i < run.count; ++i) {
+            const Window &window = run.windows[i];
+            Tile rows;
+            columns_to_rows(tiles[i], rows, traits);
+            for (int row = 0; row < window.rows; ++row) {
+                std::memcpy(plain + (window.row + row) * (n / 2) + window.column / 2, rows.lines[row],
+                    static_cast<std::size_t>(window.columns / 2));
+            }
         }
     });
 }

@@ -1,4 +1,5 @@
-// Weight packing on the CPU: plain INT4 into the layouts that TensorRT-LLM's mixed-input kernels read.
+// Weight packing: 4-bit matrices, plain or as checkpoints store them, into the layouts that TensorRT-LLM's mixed-input
+// kernels read.
 
 #pragma once
 
@@ -17,13 +18,47 @@ enum class Layout {
     interleaved,
 };
 
-// Both functions want K to be a multiple of 64, N of 8, and buffers of K * N / 2 bytes that do not overlap.
-// `threads` = 0 takes one per core; if not all of them can be started, the others do their work.  std::bad_alloc is all
-// that they throw, before anything is written.
+// How the unsigned nibbles of a [K, N] matrix lie before they are packed; the numbers are those of w4a16_source.
+enum class Format {
+    plain = 0,              // [K, N / 2] bytes, the even column in the low nibble
+    gptq = 1,               // [K / 8, N] words: nibble i of word [r, c] is row 8 r + i
+    awq = 2,                // [K, N / 8] words: nibble i of word [r, c] is column 8 c + awq_column(i)
+    compressed_tensors = 3, // [N, K / 8] words: nibble i of word [c, r] is row 8 r + i
+};
 
-// `plain`: row-major [K, N / 2] bytes, unsigned nibbles, the even column in the low one.
-void pack(Layout layout, const std::uint8_t *plain, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads);
+// Even columns come first, as in the packed layouts: AWQ's kernels convert two nibbles at a time as well.
+constexpr int awq_column(int nibble) {
+    return nibble < 4 ? 2 * nibble : 2 * nibble - 7;
+}
 
+// Which of 32 rows stands at nibble 0..31 of their 16 bytes.  Permuted: 32-bit word w of the four holds rows 2w and
+// 2w + 1 of each 8, the pairs that one thread feeds to an MMA.  All even rows come first, so that masking a register
+// gives two values a half2 apart.
+constexpr int row_at(bool permuted, int nibble) {
+    return permuted ? 2 * (nibble / 8) + nibble % 8 / 4 + 8 * (nibble % 4) : nibble;
+}
+
+// What a packed weight holds where the source has no row or column: the weight 0, if there are no zeros.
+constexpr int fill_nibble = 8;
+
+// A matrix of K * N / 2 bytes.  K is a multiple of 8 in gptq and compressed_tensors, N of 8 in awq and of 2 in plain.
+struct Source {
+    Format format;
+    std::int64_t k;
+    std::int64_t n;
+    const std::uint8_t *q;
+    // For each row of the packed weight its row in the source, or -1 for none; null: row i is row i.
+    const std::int32_t *rows;
+};
+
+// All functions want K of the packed weight to be a multiple of 64, N of 8, buffers that do not overlap, and a source
+// that is no larger than the packed weight; what is larger is filled.  `threads` = 0 takes one per core; if not all of
+// them can be started, the others do their work.  std::bad_alloc is all that they throw, before anything is written.
+
+// `source.rows` are in -1..source.k - 1.
+void pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads);
+
+// To Format::plain.
 void unpack(Layout layout, const std::uint8_t *packed, std::int64_t k, std::int64_t n, std::uint8_t *plain,
     int threads);
 

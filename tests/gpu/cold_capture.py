@@ -7,10 +7,12 @@ happens during the capture, where CUDA forbids allocations and synchronisation.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
 from .cuda import Cuda, CudaError
 from .library import ApiError, Library, LibraryNotFoundError, find_library
-from .sanitize import EXIT_CANNOT_RUN, EXIT_WRONG, NAN, Buffers, Launch, launches
+from .sanitize import EXIT_CANNOT_RUN, EXIT_WRONG, NAN, Buffers, Launch, helpers, launches
 
 
 def main() -> int:
@@ -41,6 +43,15 @@ def main() -> int:
         if replayed != buffers.result():
             wrong.append(f"{launch}: the replay differs from a plain launch")
         buffers.free()
+    for helper in helpers(library, cuda, 1):
+        count += 1
+        graph = capture_any(cuda, helper.name, helper.start, stream)
+        if not helper.untouched():
+            wrong.append(f"{helper.name}: ran while it was captured")
+        cuda.launch_graph(graph, stream)
+        if helper.result() != helper.wanted:
+            wrong.append(f"{helper.name}: the replay is wrong")
+        helper.free()
     if first is not None:
         buffers = Buffers(cuda, library, first)
         buffers.args.problem.contents.m = 0
@@ -52,11 +63,17 @@ def main() -> int:
 
 
 def capture(library: Library, cuda: Cuda, launch: Launch, buffers: Buffers, stream: int) -> int:
+    return capture_any(
+        cuda, str(launch), partial(library.run, launch.tactic.index, buffers.args), stream
+    )
+
+
+def capture_any(cuda: Cuda, name: str, start: Callable[[int], None], stream: int) -> int:
     cuda.begin_capture(stream)
     try:
-        library.run(launch.tactic.index, buffers.args, stream)
+        start(stream)
     except ApiError as error:
-        raise SystemExit(f"{launch}: {error}") from error
+        raise SystemExit(f"{name}: {error}") from error
     return cuda.end_capture(stream)
 
 

@@ -46,6 +46,19 @@ class QuantOp(IntEnum):
         return cls[label.upper()]
 
 
+class Source(IntEnum):
+    """``w4a16_source``: how unpacked 4-bit values lie."""
+
+    PLAIN = 0
+    GPTQ = 1
+    AWQ = 2
+    COMPRESSED_TENSORS = 3
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
 class ApiError(Exception):
     """A status other than OK, with what ``w4a16_last_error`` said."""
 
@@ -144,6 +157,21 @@ class Args(Versioned):
     )
 
 
+class PackArgs(Versioned):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("source", ctypes.c_int32),
+        ("arch", ctypes.c_char_p),
+        ("k", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("source_k", ctypes.c_int64),
+        ("source_n", ctypes.c_int64),
+        ("q", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tactic:
     """``w4a16_tactic_info`` as plain values."""
@@ -206,6 +234,32 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
             ctypes.c_int64,
             ctypes.c_void_p,
             ctypes.c_int32,
+        ),
+    ),
+    "pack_weight": (_STATUS, (ctypes.c_void_p, ctypes.c_int32)),
+    "pack_weight_device": (_STATUS, (ctypes.c_void_p, ctypes.c_void_p)),
+    "unpack_device": (
+        _STATUS,
+        (
+            ctypes.c_char_p,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ),
+    ),
+    "gather_columns": (
+        _STATUS,
+        (
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
         ),
     ),
 }
@@ -313,6 +367,53 @@ class Library:
         self, arch: str | None, packed: int, k: int, n: int, out: int, threads: int = 0
     ) -> None:
         self.call("unpack", _name(arch), packed, k, n, out, threads)
+
+    def pack_weight(self, args: PackArgs, threads: int = 0) -> None:
+        self.call("pack_weight", ctypes.byref(args), threads)
+
+    def pack_weight_device(self, args: PackArgs, stream: int = 0) -> None:
+        self.call("pack_weight_device", ctypes.byref(args), stream)
+
+    def unpack_device(
+        self, arch: str | None, packed: int, k: int, n: int, out: int, stream: int = 0
+    ) -> None:
+        self.call("unpack_device", _name(arch), packed, k, n, out, stream)
+
+    def gather_columns(
+        self,
+        x: int,
+        m: int,
+        x_stride: int,
+        k_in: int,
+        columns: int | None,
+        k_out: int,
+        out: int,
+        stream: int = 0,
+    ) -> None:
+        self.call("gather_columns", x, m, x_stride, k_in, columns, k_out, out, stream)
+
+
+def pack_args(
+    source: Source,
+    arch: str | None,
+    shape: tuple[int, int],
+    source_shape: tuple[int, int],
+    q: int,
+    rows: int | None,
+    out: int,
+) -> PackArgs:
+    """Shapes are (K, N); ``q``, ``rows`` and ``out`` are addresses."""
+    return PackArgs(
+        source=int(source),
+        arch=_name(arch),
+        k=shape[0],
+        n=shape[1],
+        source_k=source_shape[0],
+        source_n=source_shape[1],
+        q=q,
+        rows=rows,
+        out=out,
+    )
 
 
 def problem(

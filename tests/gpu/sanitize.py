@@ -1,4 +1,6 @@
-"""One small launch of every tactic and quant op, in buffers of exactly the size that they need.
+"""One small launch of every tactic and quant op, and of all that packs weights and picks columns.
+
+Buffers have exactly the size that they need.
 
     python tests/gpu/sanitize.py
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
@@ -18,8 +20,9 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,11 @@ from tests.gpu.library import (
     LibraryNotFoundError,
     Problem,
     QuantOp,
+    Source,
     Status,
     Tactic,
     find_library,
+    pack_args,
     problem,
 )
 
@@ -163,6 +168,110 @@ def launches(library: Library, cuda: Cuda, only: str, seed: int) -> Iterator[Lau
                         yield Launch(tactic, given, operands)
 
 
+class Helper:
+    """One launch of what is no product, in its own buffers, with the bytes that must come out."""
+
+    def __init__(self, cuda: Cuda, name: str, wanted: bytes) -> None:
+        self.name = name
+        self.wanted = wanted
+        self._cuda = cuda
+        self._owned: list[int] = []
+        self.out = self.upload(b"")
+        self.start: Callable[[int], None] = lambda stream: None
+
+    def upload(self, data: bytes) -> int:
+        """An empty ``data`` stands for the poisoned output."""
+        address = self._cuda.upload(data or self._poison)
+        self._owned.append(address)
+        return address
+
+    @property
+    def _poison(self) -> bytes:
+        # Nothing that it may write, wherever it is compared.
+        return bytes(byte ^ 0xFF for byte in self.wanted)
+
+    def poison(self) -> None:
+        self._cuda.write(self.out, self._poison)
+
+    def untouched(self) -> bool:
+        return self.result() == self._poison
+
+    def result(self) -> bytes:
+        return self._cuda.download(self.out, len(self.wanted))
+
+    def free(self) -> None:
+        for address in self._owned:
+            self._cuda.free(address)
+
+
+def helpers(library: Library, cuda: Cuda, seed: int) -> Iterator[Helper]:
+    """Each must be freed by whoever takes it."""
+    draw = random.Random(seed)
+    yield from _packings(library, cuda, draw)
+    yield from _gathers(library, cuda, draw)
+
+
+def _packings(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
+    for source in Source:
+        for arch in (None, "sm_80"):
+            for given in ((K, N), (K - 24, N - 16)):
+                q = draw.randbytes(given[0] * given[1] // 2)
+                for picked in (False, True):
+                    rows = [draw.randrange(-1, given[0]) for _ in range(K)] if picked else []
+                    indices = struct.pack(f"<{len(rows)}i", *rows)
+                    out = ctypes.create_string_buffer(K * N // 2)
+                    here = [ctypes.create_string_buffer(data, len(data)) for data in (q, indices)]
+                    where = [ctypes.addressof(data) for data in (*here, out)]
+                    args = pack_args(
+                        source, arch, (K, N), given, where[0], where[1] if rows else None, where[2]
+                    )
+                    library.pack_weight(args)
+                    name = f"pack {source.label} {arch} {given}{' rows' if rows else ''}"
+                    helper = Helper(cuda, name, out.raw)
+                    there = pack_args(
+                        source,
+                        arch,
+                        (K, N),
+                        given,
+                        helper.upload(q),
+                        helper.upload(indices) if rows else None,
+                        helper.out,
+                    )
+                    helper.start = partial(library.pack_weight_device, there)
+                    yield helper
+                if source is Source.PLAIN and given == (K, N):
+                    packed = ctypes.create_string_buffer(K * N // 2)
+                    library.pack(arch, where[0], K, N, ctypes.addressof(packed))
+                    helper = Helper(cuda, f"unpack {arch}", q)
+                    address = helper.upload(packed.raw)
+                    helper.start = partial(library.unpack_device, arch, address, K, N, helper.out)
+                    yield helper
+
+
+def _gathers(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
+    k_in = 1001
+    for m in (1, 5, 70):
+        for stride in (k_in, 1008):
+            x = draw.randbytes(2 * ((m - 1) * stride + k_in))
+            for picked in (True, False):
+                k_out = 1088 if picked else 1024
+                at = list(range(k_out))
+                if picked:
+                    at = [draw.randrange(-1, k_in + 1) for _ in range(k_out)]
+                rows = (x[2 * row * stride :][: 2 * k_in] for row in range(m))
+                wanted = b"".join(
+                    row[2 * j : 2 * j + 2] if 0 <= j < k_in else b"\0\0" for row in rows for j in at
+                )
+                name = f"gather [{m}, {k_in}] stride {stride}{' columns' if picked else ''}"
+                helper = Helper(cuda, name, wanted)
+                columns = helper.upload(struct.pack(f"<{k_out}i", *at)) if picked else None
+                here = helper.upload(x)
+                helper.start = partial(
+                    library.gather_columns, here, m, stride, k_in, columns, k_out, helper.out
+                )
+                yield helper
+
+
 def error_of(launch: Launch, result: bytes) -> float | None:
     """Relative Frobenius error against float64; None without numpy."""
     try:
@@ -216,6 +325,15 @@ def main() -> int:
         print("ran" if error is None else f"error {error:.2e}{' WRONG' if bad else ''}")
         count += 1
         wrong += bad
+    for helper in helpers(library, cuda, options.seed):
+        if re.search(options.only, helper.name):
+            helper.start(0)
+            cuda.synchronize()
+            bad = helper.result() != helper.wanted
+            print(f"{helper.name} {'WRONG' if bad else 'right'}")
+            count += 1
+            wrong += bad
+        helper.free()
     print(f"{count} launches, {wrong} wrong, {time.monotonic() - start:.1f} s")
     return EXIT_WRONG if wrong or not count else 0
 

@@ -21,11 +21,14 @@ from .library import (
     Build,
     Device,
     Library,
+    PackArgs,
     Problem,
     QuantOp,
+    Source,
     Status,
     TacticInfo,
     Versioned,
+    pack_args,
     problem,
 )
 
@@ -476,6 +479,205 @@ def test_packing_without_buffers_or_onto_itself_is_refused(library: Library) -> 
     check(refusal(library, "unpack", None, here, 64, 8, here, 1), INVALID, "overlap")
     assert refusal(library, "pack", None, here, 64, 8, here + 256, 1)[0] is Status.OK
     check(refusal(library, "pack", None, room, 64, 8, out, -1), INVALID, "threads")
+
+
+def weight_args(source: Source = Source.PLAIN) -> PackArgs:
+    """A weight that may be packed; its addresses are aligned, and lead nowhere."""
+    args = pack_args(source, None, (128, 16), (128, 16), NOWHERE, None, NOWHERE + 0x1000_0000)
+    args.rows = NOWHERE + 0x2000_0000
+    return args
+
+
+#: What is wrong, on which sources, and how the message calls it.
+WEIGHTS: list[tuple[dict[str, Any], tuple[Source, ...], str]] = [
+    ({"struct_size": 0}, tuple(Source), "struct_size"),
+    ({"struct_size": 64}, tuple(Source), "struct_size"),
+    ({"struct_size": 2**32 - 1}, tuple(Source), "struct_size"),
+    ({"source": -1}, (Source.PLAIN,), "source"),
+    ({"source": 4}, (Source.PLAIN,), "source"),
+    ({"source": 2**31 - 1}, (Source.PLAIN,), "source"),
+    ({"arch": b"sm_70"}, tuple(Source), "arch"),
+    ({"arch": b""}, tuple(Source), "arch"),
+    ({"k": 0}, tuple(Source), r"\bK\b"),
+    ({"k": -64}, tuple(Source), r"\bK\b"),
+    ({"k": 96}, tuple(Source), r"\bK\b"),
+    ({"k": 2**62}, tuple(Source), r"\bK\b"),
+    ({"n": 0}, tuple(Source), r"\bN\b"),
+    ({"n": 12}, tuple(Source), r"\bN\b"),
+    ({"n": 2**32 + 16}, tuple(Source), r"\bN\b"),
+    ({"source_k": 0}, tuple(Source), "source_k"),
+    ({"source_k": -8}, tuple(Source), "source_k"),
+    ({"source_k": 136}, tuple(Source), "source_k"),
+    ({"source_k": 2**62}, tuple(Source), "source_k"),
+    ({"source_k": 60}, (Source.GPTQ, Source.COMPRESSED_TENSORS), "source_k"),
+    ({"source_n": 0}, tuple(Source), "source_n"),
+    ({"source_n": -8}, tuple(Source), "source_n"),
+    ({"source_n": 24}, tuple(Source), "source_n"),
+    ({"source_n": 2**62}, tuple(Source), "source_n"),
+    ({"source_n": 12}, (Source.AWQ,), "source_n"),
+    ({"source_n": 15}, (Source.PLAIN,), "source_n"),
+    ({"q": None}, tuple(Source), r"\bq\b"),
+    ({"out": None}, tuple(Source), r"\bout\b"),
+    ({"out": NOWHERE}, tuple(Source), "overlap"),
+    ({"out": NOWHERE + 1008}, tuple(Source), "overlap"),
+    ({"q": NOWHERE + 0x1000_0000 + 1008}, tuple(Source), "overlap"),
+    ({"out": NOWHERE + 0x2000_0000 + 496}, tuple(Source), "overlap"),
+]
+
+
+@pytest.mark.parametrize(
+    ("members", "sources", "names"), WEIGHTS, ids=lambda value: str(value)[:40]
+)
+def test_a_wrong_weight_is_refused_on_the_cpu_and_on_the_gpu(
+    library: Library, members: dict[str, Any], sources: tuple[Source, ...], names: str
+) -> None:
+    for source in sources:
+        args = weight_args(source)
+        for name, value in members.items():
+            setattr(args, name, value)
+        here = ctypes.byref(args)
+        check(refusal(library, "pack_weight", here, 1), INVALID, names, source.label)
+        check(refusal(library, "pack_weight_device", here, None), INVALID, names, source.label)
+
+
+def test_a_weight_without_arguments_or_with_negative_threads_is_refused(library: Library) -> None:
+    check(refusal(library, "pack_weight", None, 1), INVALID, "args")
+    check(refusal(library, "pack_weight_device", None, None), INVALID, "args")
+    args = weight_args()
+    args.rows = None
+    check(refusal(library, "pack_weight", ctypes.byref(args), -1), INVALID, "threads")
+
+
+@pytest.mark.parametrize("wrong", [-2, 120, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("source", Source, ids=lambda source: source.label)
+def test_a_row_that_the_source_lacks_is_refused_by_its_index_and_nothing_is_written(
+    library: Library, source: Source, wrong: int
+) -> None:
+    q = (ctypes.c_uint8 * 960)()
+    out = (ctypes.c_uint8 * 1024)()
+    rows = (ctypes.c_int32 * 128)(*range(120), *[-1] * 8)
+    addresses = (ctypes.addressof(q), ctypes.addressof(rows), ctypes.addressof(out))
+    args = pack_args(source, None, (128, 16), (120, 16), *addresses)
+    for place in (0, 77, 127):
+        before = rows[place]
+        rows[place] = wrong
+        found = refusal(library, "pack_weight", ctypes.byref(args), 1)
+        check(found, INVALID, rf"rows\[{place}\] is {wrong}\b")
+        rows[place] = before
+    assert not any(out)
+    assert refusal(library, "pack_weight", ctypes.byref(args), 1)[0] is Status.OK
+
+
+def test_device_memory_that_is_not_aligned_is_refused_before_a_device_is_looked_for(
+    library: Library,
+) -> None:
+    for source in Source:
+        for member, shifts in (("q", (1, 2)), ("rows", (1, 2)), ("out", (1, 2, 4, 8))):
+            if member == "q" and source is Source.PLAIN:
+                continue  # bytes
+            for shift in shifts:
+                args = weight_args(source)
+                setattr(args, member, getattr(args, member) + shift)
+                found = refusal(library, "pack_weight_device", ctypes.byref(args), None)
+                check(found, MISALIGNED, rf"\b{member}\b", source.label)
+    there = NOWHERE + 0x1000_0000
+    for shift in (1, 2, 4, 8):
+        found = refusal(library, "unpack_device", None, NOWHERE + shift, 64, 8, there, None)
+        check(found, MISALIGNED, r"\bpacked\b")
+    for shift in (1, 2):
+        found = refusal(library, "unpack_device", None, NOWHERE, 64, 8, there + shift, None)
+        check(found, MISALIGNED, r"\bq\b")
+
+
+def test_unpacking_wrongly_on_the_gpu_is_refused(library: Library) -> None:
+    there = NOWHERE + 0x1000_0000
+    for arguments, names in (
+        ((b"sm_70", NOWHERE, 64, 8, there), "arch"),
+        ((None, NOWHERE, 65, 8, there), r"\bK\b"),
+        ((None, NOWHERE, 64, 9, there), r"\bN\b"),
+        ((None, None, 64, 8, there), r"\bpacked\b"),
+        ((None, NOWHERE, 64, 8, None), r"\bq\b"),
+        ((None, NOWHERE, 64, 8, NOWHERE + 240), "overlap"),
+    ):
+        check(refusal(library, "unpack_device", *arguments, None), INVALID, names)
+
+
+def test_more_than_any_gpu_holds_is_refused(library: Library) -> None:
+    most = 2**31 - 64
+    args = pack_args(Source.GPTQ, None, (most, most), (8, 8), 1 << 12, None, 1 << 62)
+    found = refusal(library, "pack_weight_device", ctypes.byref(args), None)
+    check(found, UNSUPPORTED, r"\bK\b")
+    found = refusal(library, "unpack_device", None, 1 << 12, most, most, 1 << 62, None)
+    check(found, UNSUPPORTED, r"\bK\b")
+
+
+#: m, x_stride, k_in, k_out, and what the message names.
+GATHERS = [
+    ((-1, 64, 64, 64), r"\bm\b"),
+    ((2**31, 64, 64, 64), r"\bm\b"),
+    ((2**62, 64, 64, 64), r"\bm\b"),
+    ((4, 63, 64, 64), "x_stride"),
+    ((4, -64, 64, 64), "x_stride"),
+    ((4, 2**31, 64, 64), "x_stride"),
+    ((4, 64, 0, 64), "k_in"),
+    ((4, 64, -8, 64), "k_in"),
+    ((4, 2**31, 2**31, 64), "k_in"),
+    ((4, 64, 64, 0), "k_out"),
+    ((4, 64, 64, -8), "k_out"),
+    ((4, 64, 64, 60), "k_out"),
+    ((4, 64, 64, 2**31), "k_out"),
+]
+
+
+@pytest.mark.parametrize(("shape", "names"), GATHERS)
+def test_picking_columns_of_a_wrong_shape_is_refused(
+    library: Library, shape: tuple[int, int, int, int], names: str
+) -> None:
+    m, stride, k_in, k_out = shape
+    out = NOWHERE + 0x1000_0000
+    for columns in (None, NOWHERE + 0x2000_0000):
+        arguments = (NOWHERE, m, stride, k_in, columns, k_out, out, None)
+        check(refusal(library, "gather_columns", *arguments), INVALID, names)
+
+
+def test_picking_columns_between_wrong_addresses_is_refused(library: Library) -> None:
+    out, columns = NOWHERE + 0x1000_0000, NOWHERE + 0x2000_0000
+
+    def gather(x: int | None, columns: int | None, out: int | None) -> tuple[Status, str]:
+        return refusal(library, "gather_columns", x, 4, 64, 64, columns, 64, out, None)
+
+    check(gather(None, columns, out), INVALID, r"\bx\b")
+    check(gather(NOWHERE, columns, None), INVALID, r"\bout\b")
+    check(gather(NOWHERE + 1, columns, out), MISALIGNED, r"\bx\b")
+    for shift in (1, 2, 4, 8):
+        check(gather(NOWHERE, columns, out + shift), MISALIGNED, r"\bout\b")
+    for shift in (1, 2):
+        check(gather(NOWHERE, columns + shift, out), MISALIGNED, r"\bcolumns\b")
+    check(gather(NOWHERE, columns, NOWHERE), INVALID, "overlap")
+    check(gather(NOWHERE, columns, NOWHERE + 496), INVALID, "overlap")
+    check(gather(NOWHERE + 510, columns, NOWHERE), INVALID, "overlap")
+
+
+def test_picking_columns_of_no_rows_is_a_success_without_a_device(library: Library) -> None:
+    assert refusal(library, "gather_columns", None, 0, 64, 64, None, 64, None, None)[0] is Status.OK
+
+
+def test_right_arguments_of_packing_and_picking_get_as_far_as_the_device(library: Library) -> None:
+    """The cases here fail for what they spoil, not for something else."""
+    try:
+        library.check_device()
+    except ApiError as error:
+        wanted = error.status
+    else:
+        pytest.skip("with a GPU these would be launched on addresses that lead nowhere")
+    out, columns = NOWHERE + 0x1000_0000, NOWHERE + 0x2000_0000
+    for source in Source:
+        args = ctypes.byref(weight_args(source))
+        assert refusal(library, "pack_weight_device", args, None)[0] is wanted
+    assert refusal(library, "unpack_device", None, NOWHERE, 64, 8, out, None)[0] is wanted
+    for at in (None, columns):
+        found = refusal(library, "gather_columns", NOWHERE, 4, 64, 64, at, 64, out, None)
+        assert found[0] is wanted
 
 
 def test_each_thread_has_its_own_last_error(library: Library) -> None:

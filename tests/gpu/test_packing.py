@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 
-from .library import Library
+from .layouts import (
+    HOPPER,
+    OTHERS,
+    ROW_ORDER,
+    arguments,
+    filled,
+    multiples_of,
+    nibbles,
+    np,
+    packed_for,
+    random_case,
+    stored,
+)
+from .library import Library, Source
 
-np: Any = pytest.importorskip("numpy")
 hypothesis: Any = pytest.importorskip("hypothesis")
 st: Any = pytest.importorskip("hypothesis.strategies")
-
-HOPPER = ("sm_90", "sm_90a")
-OTHERS = (
-    "sm_75",
-    "sm_80",
-    "sm_86",
-    "sm_87",
-    "sm_88",
-    "sm_89",
-    "sm_100",
-    "sm_101",
-    "sm_103",
-    "sm_110",
-    "sm_120",
-    "sm_121",
-    "sm_100a",
-    "sm_100f",
-    "sm_103a",
-    "sm_120a",
-)
-
-#: Where each of 32 rows comes from: pairs of rows 8 apart, as an MMA's operand registers want.
-ROW_ORDER = [8 * (i % 8 // 2) + 2 * (i // 8) + i % 2 for i in range(32)]
-#: Which nibble of a 32-bit word comes at each place: the even ones first.
-NIBBLE_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-def nibbles(data: Any) -> Any:
-    """Bytes as twice as many numbers 0..15, the low nibble first."""
-    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
-
-
-def as_bytes(values: Any) -> Any:
-    return (values[..., 0::2] | (values[..., 1::2] << 4)).astype(np.uint8)
-
-
-def packed_by_steps(q: Any, interleaved: bool, signed_columns: bool) -> Any:
-    """``preprocess_weights_for_mixed_gemm`` for INT4 as upstream does it, one step at a time."""
-    k, n = q.shape
-    signed = (q.astype(np.int16) - 8) & 15  # upstream's input: two's complement nibbles
-    if signed_columns:  # SM90 of the releases before 0.16: a transposition and nothing else
-        return as_bytes(signed.T).reshape(-1)
-    permuted = signed.reshape(k // 32, 32, n)[:, ROW_ORDER, :].reshape(k, n)
-    columns = permuted.T  # [n, k]: each column of W contiguous
-    if interleaved:  # 64 rows of column 0, then of columns 1, 2 and 3, then the next 64 rows
-        columns = columns.reshape(n // 4, 4, k // 64, 64).transpose(0, 2, 1, 3)
-    words = columns.reshape(-1, 8)
-    unsigned = (words + 8) & 15
-    return as_bytes(unsigned[:, NIBBLE_ORDER]).reshape(-1)
 
 
 def pack(library: Library, arch: str | None, plain: Any, threads: int = 0, shift: int = 0) -> Any:
@@ -82,12 +44,31 @@ def unpack(library: Library, arch: str | None, packed: Any, k: int, n: int, thre
     return out[64:-64].reshape(k, n // 2)
 
 
-def expected_of(library: Library, arch: str | None, plain: Any) -> Any:
-    name = arch or str(library.build()["architecture"])
-    hopper = name in HOPPER
-    release = re.match(r"v?0\.(\d+)", str(library.build()["release"]))
-    signed_columns = hopper and release is not None and int(release[1]) < 16
-    return packed_by_steps(nibbles(plain), not hopper, signed_columns)
+def pack_weight(
+    library: Library,
+    source: Source,
+    arch: str | None,
+    k: int,
+    n: int,
+    q: Any,
+    rows: Any,
+    **how: int,
+) -> Any:
+    """``w4a16_pack_weight`` of numbers 0..15, from and to unaligned memory between guard bytes."""
+    shift = how.get("shift", 0)
+    data = stored(q, source)
+    held = np.empty(data.size + shift, np.uint8)
+    held[shift:] = data
+    size = library.packed_size(arch, k, n)
+    out = np.full(size + 128 + shift, 0xA5, np.uint8)
+    here = held.ctypes.data + shift
+    picked = None if rows is None else rows.ctypes.data
+    args = arguments(source, arch, (k, n), q, (here, picked, out.ctypes.data + 64 + shift))
+    library.pack_weight(args, how.get("threads", 0))
+    assert (out[: 64 + shift] == 0xA5).all()
+    assert (out[64 + shift + size :] == 0xA5).all()
+    assert (held[shift:] == data).all(), "the input was written to"
+    return out[64 + shift : 64 + shift + size]
 
 
 def test_row_order_is_upstreams() -> None:
@@ -103,7 +84,7 @@ def test_packing_is_upstreams_and_unpacking_undoes_it_for_any_shape_and_architec
         plain = np.random.default_rng(seed).integers(0, 256, (k, n // 2), dtype=np.uint8)
         before = plain.copy()
         packed = pack(library, arch, plain, threads, shift)
-        assert (packed == expected_of(library, arch, plain)).all()
+        assert (packed == packed_for(library, arch, nibbles(plain))).all()
         assert (unpack(library, arch, packed, k, n, threads) == plain).all()
         assert (plain == before).all(), "the input was written to"
 
@@ -118,6 +99,64 @@ def test_packing_is_upstreams_and_unpacking_undoes_it_for_any_shape_and_architec
     hypothesis.settings(max_examples=150, deadline=None, database=None)(search)()
 
 
+def test_every_source_gives_the_bytes_of_its_numbers_whatever_is_missing_or_picked(
+    library: Library,
+) -> None:
+    def check(source: Source, arch: str | None, k: int, n: int, seed: int, **how: int) -> None:
+        random = np.random.default_rng(seed)
+        q, rows = random_case(random, source, k, n)
+        found = pack_weight(library, source, arch, k, n, q, rows, **how)
+        assert (found == packed_for(library, arch, filled(q, k, n, rows))).all(), q.shape
+
+    search: Any = hypothesis.given(
+        source=st.sampled_from(Source),
+        arch=st.sampled_from((None, *HOPPER, *OTHERS)),
+        k=st.integers(1, 9).map(lambda units: 64 * units),
+        n=st.integers(1, 50).map(lambda units: 8 * units),
+        threads=st.integers(0, 5),
+        shift=st.integers(0, 17),
+        seed=st.integers(0, 2**32 - 1),
+    )(check)
+    hypothesis.settings(max_examples=300, deadline=None, database=None)(search)()
+
+
+@pytest.mark.parametrize("source", Source, ids=lambda source: source.label)
+@pytest.mark.parametrize("arch", ["sm_90", "sm_80"])
+def test_a_source_of_any_size_up_to_the_packed_weights_is_filled(
+    library: Library, source: Source, arch: str
+) -> None:
+    random = np.random.default_rng(11)
+    k, n = 192, 136
+    by_k, by_n = multiples_of(source)
+    for source_k in (by_k, 56, 64, 120, 128, 136, k - by_k, k):
+        for source_n in (by_n, 8, 120, 128, n - by_n, n):
+            q = random.integers(0, 16, (source_k, source_n), dtype=np.uint8)
+            for rows in (None, np.full(k, source_k - 1, np.int32), np.full(k, -1, np.int32)):
+                found = pack_weight(library, source, arch, k, n, q, rows)
+                wanted = packed_for(library, arch, filled(q, k, n, rows))
+                assert (found == wanted).all(), (source_k, source_n)
+
+
+@pytest.mark.parametrize("source", Source, ids=lambda source: source.label)
+def test_large_sources_are_packed_the_same_by_any_number_of_threads(
+    library: Library, source: Source
+) -> None:
+    random = np.random.default_rng(12)
+    k, n = 3 * 2048 + 64, 520
+    q = random.integers(0, 16, (k, n), dtype=np.uint8)
+    for rows in (None, random.permutation(k).astype(np.int32)):
+        wanted = packed_for(library, None, filled(q, k, n, rows))
+        for threads in (0, 1, 2, 7, 1000):
+            found = pack_weight(library, source, None, k, n, q, rows, threads=threads)
+            assert (found == wanted).all(), threads
+
+
+def test_packing_plain_numbers_is_packing_a_plain_source(library: Library) -> None:
+    plain = np.random.default_rng(13).integers(0, 256, (128, 36), dtype=np.uint8)
+    found = pack_weight(library, Source.PLAIN, None, 128, 72, nibbles(plain), None)
+    assert (found == pack(library, None, plain)).all()
+
+
 @pytest.mark.parametrize("arch", [None, *HOPPER, *OTHERS])
 def test_packed_size_is_half_a_byte_a_weight(library: Library, arch: str | None) -> None:
     for k, n in ((64, 8), (192, 296), (28672, 8192)):
@@ -128,7 +167,7 @@ def test_packed_size_is_half_a_byte_a_weight(library: Library, arch: str | None)
 def test_any_number_of_threads_packs_the_same_bytes(library: Library, arch: str) -> None:
     plain = np.random.default_rng(7).integers(0, 256, (1088, 516), dtype=np.uint8)
     one = pack(library, arch, plain, 1)
-    assert (one == expected_of(library, arch, plain)).all()
+    assert (one == packed_for(library, arch, nibbles(plain))).all()
     for threads in (0, 2, 3, 7, 64, 1000):
         assert (pack(library, arch, plain, threads) == one).all(), threads
         assert (unpack(library, arch, one, 1088, 1032, threads) == plain).all(), threads

@@ -2,11 +2,9 @@
 
 // The entry points that compute: every argument is checked here, before anything is launched.
 
-#include "device.h"
-#include "status.h"
-#include "tactics.h"
+#include "launch.h"
 
-#include <cuda_runtime_api.h>
+#include "tactics.h"
 
 namespace w4a16 {
 namespace {
@@ -25,22 +23,6 @@ w4a16_status resolve(std::int32_t given, const Problem &problem, std::int32_t &i
     return supports(index, problem);
 }
 
-w4a16_status check_pointer(const void *pointer, const char *name, bool wanted) {
-    if (!wanted) {
-        return pointer == nullptr
-            ? W4A16_OK
-            : fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is not NULL, but this problem has none", name);
-    }
-    if (pointer == nullptr) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", name);
-    }
-    if (reinterpret_cast<std::uintptr_t>(pointer) % pointer_alignment != 0) {
-        return fail(W4A16_ERROR_MISALIGNED, "%s (%p) is not aligned to %d bytes", name, pointer,
-            static_cast<int>(pointer_alignment));
-    }
-    return W4A16_OK;
-}
-
 w4a16_status check_pointers(const w4a16_args &args, const Problem &problem) {
     const bool zeros = problem.quant_op == W4A16_GROUP_SCALE_ZERO;
     const struct {
@@ -57,7 +39,14 @@ w4a16_status check_pointers(const w4a16_args &args, const Problem &problem) {
         {args.workspace, "workspace", args.workspace != nullptr},
     };
     for (const auto &item : pointers) {
-        if (const w4a16_status status = check_pointer(item.pointer, item.name, item.wanted); status != W4A16_OK) {
+        if (!item.wanted) {
+            if (item.pointer != nullptr) {
+                return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is not NULL, but this problem has none", item.name);
+            }
+            continue;
+        }
+        if (const w4a16_status status = check_pointer(item.pointer, item.name, pointer_alignment);
+            status != W4A16_OK) {
             return status;
         }
     }
@@ -103,11 +92,6 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
         return fail(W4A16_ERROR_WORKSPACE, "workspace has %zu bytes, this tactic and problem need %zu",
             args->workspace == nullptr ? std::size_t{0} : args->workspace_bytes, needed);
     }
-    // An error that somebody else left would look like one of this launch.
-    if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) {
-        return fail(W4A16_ERROR_CUDA, "nothing was launched: an earlier CUDA call failed with %s: %s",
-            cudaGetErrorName(error), cudaGetErrorString(error));
-    }
     Launch launch{};
     launch.a = args->a;
     launch.b = args->b;
@@ -122,15 +106,7 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
     launch.workspace = args->workspace;
     launch.workspace_bytes = needed;
     launch.stream = stream;
-    const w4a16_status status = guarded([&] {
-        launch_function(index, problem)(launch);
-        return W4A16_OK;
-    });
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) {
-        return fail(W4A16_ERROR_CUDA, "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
-    }
-    return status;
+    return launched([&] { launch_function(index, problem)(launch); });
 }
 
 } // namespace

@@ -1,8 +1,9 @@
 // Rendered from templates/bundle/src/pack_api.cpp; do not edit.
 
-// The packing part of the C API; it uses no CUDA, so that it runs where there is none.
+// The packing part of the C API that runs on the CPU; it uses no CUDA, so that it works where there is none.
 
 #include "config.h"
+#include "pack_check.h"
 #include "status.h"
 
 #include <climits>
@@ -10,6 +11,13 @@
 
 namespace w4a16 {
 namespace {
+
+using packing::Format;
+
+static_assert(static_cast<int>(Format::plain) == W4A16_SOURCE_PLAIN
+        && static_cast<int>(Format::gptq) == W4A16_SOURCE_GPTQ && static_cast<int>(Format::awq) == W4A16_SOURCE_AWQ
+        && static_cast<int>(Format::compressed_tensors) == W4A16_SOURCE_COMPRESSED_TENSORS,
+    "a w4a16_source is converted to a Format by its number");
 
 // "sm_90a" -> 90; 0 if it is no architecture that this library packs for.
 int architecture_number(const char *name) {
@@ -31,7 +39,55 @@ int architecture_number(const char *name) {
     return 0;
 }
 
-w4a16_status check_shape(const char *arch, std::int64_t k, std::int64_t n, packing::Layout &layout) {
+// Of how many rows or columns a source is a multiple.
+struct Multiples {
+    int k;
+    int n;
+};
+
+Multiples multiples_of(Format format) {
+    switch (format) {
+    case Format::gptq:
+    case Format::compressed_tensors:
+        return {8, 1};
+    case Format::awq:
+        return {1, 8};
+    case Format::plain:
+        break;
+    }
+    return {1, 2};
+}
+
+w4a16_status check_source_extent(const char *name, std::int64_t extent, std::int64_t largest, int multiple) {
+    if (extent < 1 || extent > largest || extent % multiple != 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT,
+            "args->%s is %lld, expected 1 to %lld and a multiple of %d for this source", name,
+            static_cast<long long>(extent), static_cast<long long>(largest), multiple);
+    }
+    return W4A16_OK;
+}
+
+w4a16_status check_threads(std::int32_t threads) {
+    if (threads < 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "threads is %d, expected 0 (all cores) or more",
+            static_cast<int>(threads));
+    }
+    return W4A16_OK;
+}
+
+w4a16_status check_rows(const packing::Source &source, std::int64_t k) {
+    for (std::int64_t i = 0; source.rows != nullptr && i < k; ++i) {
+        if (source.rows[i] < -1 || source.rows[i] >= source.k) {
+            return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->rows[%lld] is %d, expected -1 to source_k - 1 (%lld)",
+                static_cast<long long>(i), static_cast<int>(source.rows[i]), static_cast<long long>(source.k - 1));
+        }
+    }
+    return W4A16_OK;
+}
+
+} // namespace
+
+w4a16_status check_packed(const char *arch, std::int64_t k, std::int64_t n, packing::Layout &layout) {
     const char *const name = arch == nullptr ? config::architecture : arch;
     const int number = architecture_number(name);
     if (number == 0) {
@@ -51,41 +107,45 @@ w4a16_status check_shape(const char *arch, std::int64_t k, std::int64_t n, packi
     return W4A16_OK;
 }
 
-using Transform = void (*)(packing::Layout, const std::uint8_t *, std::int64_t, std::int64_t, std::uint8_t *, int);
-
-w4a16_status apply(Transform transform, const char *arch, const void *source, const char *source_name, std::int64_t k,
-    std::int64_t n, void *target, const char *target_name, std::int32_t threads) {
-    packing::Layout layout{};
-    if (const w4a16_status status = check_shape(arch, k, n, layout); status != W4A16_OK) {
+w4a16_status check_pack_args(const w4a16_pack_args *args, packing::Layout &layout, packing::Source &source) {
+    if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
-    if (source == nullptr || target == nullptr) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", source == nullptr ? source_name : target_name);
+    if (args->source < W4A16_SOURCE_PLAIN || args->source > W4A16_SOURCE_COMPRESSED_TENSORS) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->source is %d, expected a w4a16_source (0 to %d)",
+            static_cast<int>(args->source), static_cast<int>(W4A16_SOURCE_COMPRESSED_TENSORS));
     }
-    const auto from = reinterpret_cast<std::uintptr_t>(source);
-    const auto to = reinterpret_cast<std::uintptr_t>(target);
-    const auto bytes = static_cast<std::uintptr_t>(k / 2 * n);
-    if (from < to + bytes && to < from + bytes) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s and %s overlap", source_name, target_name);
+    if (const w4a16_status status = check_packed(args->arch, args->k, args->n, layout); status != W4A16_OK) {
+        return status;
     }
-    if (threads < 0) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "threads is %d, expected 0 (all cores) or more",
-            static_cast<int>(threads));
+    source = {static_cast<Format>(args->source), args->source_k, args->source_n,
+        static_cast<const std::uint8_t *>(args->q), args->rows};
+    const Multiples multiples = multiples_of(source.format);
+    if (const w4a16_status status = check_source_extent("source_k", source.k, args->k, multiples.k);
+        status != W4A16_OK) {
+        return status;
     }
-    return guarded([&] {
-        transform(layout, static_cast<const std::uint8_t *>(source), k, n, static_cast<std::uint8_t *>(target),
-            threads);
-        return W4A16_OK;
-    });
+    if (const w4a16_status status = check_source_extent("source_n", source.n, args->n, multiples.n);
+        status != W4A16_OK) {
+        return status;
+    }
+    const std::int64_t packed_bytes = args->k / 2 * args->n;
+    if (source.rows != nullptr) {
+        if (const w4a16_status status
+            = check_buffers(source.rows, "rows", args->k * 4, args->out, "out", packed_bytes);
+            status != W4A16_OK) {
+            return status;
+        }
+    }
+    return check_buffers(source.q, "q", source.k * source.n / 2, args->out, "out", packed_bytes);
 }
 
-} // namespace
 } // namespace w4a16
 
 w4a16_status w4a16_packed_size(const char *arch, int64_t k, int64_t n, size_t *bytes) {
     using namespace w4a16;
     packing::Layout layout{};
-    if (const w4a16_status status = check_shape(arch, k, n, layout); status != W4A16_OK) {
+    if (const w4a16_status status = check_packed(arch, k, n, layout); status != W4A16_OK) {
         return status;
     }
     if (bytes == nullptr) {
@@ -96,9 +156,52 @@ w4a16_status w4a16_packed_size(const char *arch, int64_t k, int64_t n, size_t *b
 }
 
 w4a16_status w4a16_pack(const char *arch, const void *q, int64_t k, int64_t n, void *out, int32_t threads) {
-    return w4a16::apply(w4a16::packing::pack, arch, q, "q", k, n, out, "out", threads);
+    w4a16_pack_args args{};
+    args.struct_size = sizeof args;
+    args.source = W4A16_SOURCE_PLAIN;
+    args.arch = arch;
+    args.k = args.source_k = k;
+    args.n = args.source_n = n;
+    args.q = q;
+    args.out = out;
+    return w4a16_pack_weight(&args, threads);
+}
+
+w4a16_status w4a16_pack_weight(const w4a16_pack_args *args, int32_t threads) {
+    using namespace w4a16;
+    packing::Layout layout{};
+    packing::Source source{};
+    if (const w4a16_status status = check_pack_args(args, layout, source); status != W4A16_OK) {
+        return status;
+    }
+    if (const w4a16_status status = check_rows(source, args->k); status != W4A16_OK) {
+        return status;
+    }
+    if (const w4a16_status status = check_threads(threads); status != W4A16_OK) {
+        return status;
+    }
+    return guarded([&] {
+        packing::pack(layout, source, args->k, args->n, static_cast<std::uint8_t *>(args->out), threads);
+        return W4A16_OK;
+    });
 }
 
 w4a16_status w4a16_unpack(const char *arch, const void *packed, int64_t k, int64_t n, void *q, int32_t threads) {
-    return w4a16::apply(w4a16::packing::unpack, arch, packed, "packed", k, n, q, "q", threads);
+    using namespace w4a16;
+    packing::Layout layout{};
+    if (const w4a16_status status = check_packed(arch, k, n, layout); status != W4A16_OK) {
+        return status;
+    }
+    const std::int64_t bytes = k / 2 * n;
+    if (const w4a16_status status = check_buffers(packed, "packed", bytes, q, "q", bytes); status != W4A16_OK) {
+        return status;
+    }
+    if (const w4a16_status status = check_threads(threads); status != W4A16_OK) {
+        return status;
+    }
+    return guarded([&] {
+        packing::unpack(layout, static_cast<const std::uint8_t *>(packed), k, n, static_cast<std::uint8_t *>(q),
+            threads);
+        return W4A16_OK;
+    });
 }

@@ -1,6 +1,6 @@
 // Rendered from templates/bundle/src/status.cpp; do not edit.
 
-// The last error of each thread, and the names of the status codes.
+// The last error of each thread, the names of the status codes, and what many functions check.
 
 #include "status.h"
 
@@ -21,6 +21,21 @@ w4a16_status fail(w4a16_status status, const char *format, ...) {
     std::vsnprintf(last_error, sizeof last_error, format, arguments);
     va_end(arguments);
     return status;
+}
+
+w4a16_status check_buffers(const void *source, const char *source_name, std::int64_t source_bytes, const void *target,
+    const char *target_name, std::int64_t target_bytes) {
+    if (source == nullptr || target == nullptr) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is NULL", source == nullptr ? source_name : target_name);
+    }
+    const auto from = reinterpret_cast<std::uintptr_t>(source);
+    const auto to = reinterpret_cast<std::uintptr_t>(target);
+    const auto from_end = from + static_cast<std::uintptr_t>(source_bytes);
+    const auto to_end = to + static_cast<std::uintptr_t>(target_bytes);
+    if (from < to_end && to < from_end) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s and %s overlap", source_name, target_name);
+    }
+    return W4A16_OK;
 }
 
 } // namespace w4a16

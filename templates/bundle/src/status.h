@@ -80,4 +80,8 @@ void fill_output(T *target, T source) {
     std::memcpy(target, &source, sizeof(T));
 }
 
+// Whether `source_bytes` can be read while `target_bytes` are written: neither is NULL, and they do not overlap.
+w4a16_status check_buffers(const void *source, const char *source_name, std::int64_t source_bytes, const void *target,
+    const char *target_name, std::int64_t target_bytes);
+
 } // namespace w4a16
