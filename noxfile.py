@@ -6,6 +6,7 @@ nox -s extract build test -- --trtllm SRC[@REF] --cutlass SRC[@REF] --config FIL
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -20,6 +21,22 @@ DEMO = "artifacts/demo"
 
 def _pipeline(session: nox.Session, stage: str, *arguments: str) -> None:
     session.run("python", "-m", "pipeline", stage, *arguments, *session.posargs)
+
+
+def _miniature(session: nox.Session, *stages: str, posargs: Sequence[str] = ()) -> None:
+    shutil.rmtree(f"{DEMO}/upstream", ignore_errors=True)
+    session.run("python", "-m", "tests.upstream", f"{DEMO}/upstream", silent=True)
+    # The miniature is made anew, and may have changed: what was locked before does not bind it.
+    Path(DEMO, "run", "upstream.lock.yaml").unlink(missing_ok=True)
+    sources = (
+        "--trtllm",
+        f"{DEMO}/upstream/trtllm@v1.0.0",
+        "--cutlass",
+        f"{DEMO}/upstream/cutlass",
+    )
+    place = ("--config", "configs/demo.yaml", "--out", f"{DEMO}/run", "--vendor", f"{DEMO}/vendor")
+    for stage in stages:
+        session.run("python", "-m", "pipeline", stage, *place, *sources, *posargs)
 
 
 @nox.session
@@ -39,9 +56,19 @@ def build(session: nox.Session) -> None:
 @nox.session
 def test(session: nox.Session) -> None:
     """Run this project's tests, then test the library in DIR (on a GPU: error and time too)."""
-    session.install("-e", ".[test]")
+    session.install("-e", ".[test,wheel]")
     session.run("pytest", "tests/unit", "tests/integration")
+    if not any(Path("artifacts").glob("*/*/dist/install/lib*/libw4a16.so")):
+        _miniature(session, "extract", "build")  # the package's tests need some library
+    session.run("pytest", "tests/runtime")
     _pipeline(session, "test")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Make the wheel, the bundle's tarball and SHA256SUMS from the library that build left."""
+    session.install("-e", ".[wheel]")
+    _pipeline(session, "wheel")
 
 
 @nox.session
@@ -55,25 +82,13 @@ def regenerate(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Run the whole pipeline on the miniature upstream: offline, a real build, two minutes."""
     session.install("-e", ".")
-    shutil.rmtree(f"{DEMO}/upstream", ignore_errors=True)
-    session.run("python", "-m", "tests.upstream", f"{DEMO}/upstream", silent=True)
-    # The miniature is made anew, and may have changed: what was locked before does not bind it.
-    Path(DEMO, "run", "upstream.lock.yaml").unlink(missing_ok=True)
-    sources = (
-        "--trtllm",
-        f"{DEMO}/upstream/trtllm@v1.0.0",
-        "--cutlass",
-        f"{DEMO}/upstream/cutlass",
-    )
-    place = ("--out", f"{DEMO}/run", "--vendor", f"{DEMO}/vendor")
-    for stage in ("extract", "build", "test"):
-        _pipeline(session, stage, "--config", "configs/demo.yaml", *sources, *place)
+    _miniature(session, "extract", "build", "test", posargs=session.posargs)
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style and types."""
-    session.install("-e", ".[lint,test]")
+    session.install("-e", ".[lint,test,wheel]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")

@@ -180,6 +180,14 @@ def test(options: Options, reporter: Reporter) -> None:
 
 
 @_stage
+def wheel(options: Options, reporter: Reporter) -> None:
+    """Make the Python wheel, the bundle's tarball and SHA256SUMS from the built library."""
+    run, _ = locate_run(options, reporter)
+    with run.held():
+        produce.wheel(run, produce.verify(run))
+
+
+@_stage
 def regenerate(
     options: Options,
     reporter: Reporter,

@@ -119,3 +119,9 @@ class MissingStageError(ForgeError):
     """A stage was asked for whose predecessor has left no result."""
 
     exit_code = 17
+
+
+class WheelError(ForgeError):
+    """The wheel cannot be made of what was built."""
+
+    exit_code = 18

@@ -1,15 +1,22 @@
-"""``build``, ``verify`` and ``test``: from the bundle to a library that is proved."""
+"""``build``, ``verify``, ``test`` and ``wheel``: from the bundle to what people install."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline import libtest, manifest
+from pipeline import __version__, libtest, manifest, provenance
 from pipeline.build import build as compile_bundle
-from pipeline.errors import MissingStageError
+from pipeline.errors import MissingStageError, WheelError
 from pipeline.extract import bundle_of
-from pipeline.files import digest_json, read_json, sha256_file, tree_digest
+from pipeline.files import (
+    digest_json,
+    read_json,
+    recover_folder,
+    sha256_bytes,
+    sha256_file,
+    tree_digest,
+)
 from pipeline.libtest import LibraryTest
 from pipeline.memory import find_machine
 from pipeline.model import Build, Selection, to_json
@@ -23,11 +30,16 @@ from pipeline.plan import (
     plan_units,
 )
 from pipeline.report import write_report
-from pipeline.run import Run
+from pipeline.run import ROOT, Run
+from pipeline.state import code_digest
 from pipeline.verify import Verification
 from pipeline.verify import verify as check_library
 
+if TYPE_CHECKING:
+    from pipeline.wheel import Wheel
+
 _PLAN = "build/plan.json"
+_WHEEL = "wheel"
 
 
 def plan(run: Run) -> str:
@@ -123,6 +135,66 @@ def test(run: Run) -> LibraryTest | None:
     manifest.extend(run.run_dir, test=to_json(result))
     report(run)
     result.raise_if_failed()
+    return result
+
+
+def wheel(run: Run, verified: Verification) -> Wheel:
+    """The wheel, the bundle's tarball and SHA256SUMS in ``DIR/wheel``, from the library in DIR."""
+    try:  # of the extra ``wheel``, which no other stage needs
+        from pipeline.wheel import Wheel, make_wheel, tools
+        from pipeline.wheel_tree import package_files
+
+        versions = tools()
+    except ImportError as error:
+        raise WheelError(
+            f"the Python package {error.name} is not installed",
+            hint="run `nox -s wheel`, or pip install '.[wheel]'",
+        ) from error
+    bundle, _, _ = bundle_of(run)
+    built = run.stages.last("build", Build)
+    assert built is not None, "verify requires it"
+    package = package_files()
+    library = run.install / verified.library
+    show, target = run.reporter.show, run.run_dir / _WHEEL
+    origin = provenance.gather(
+        provenance.project_state(ROOT, __version__, show=show),
+        run.profile,
+        manifest.read(run.run_dir),
+        bundle,
+        built,
+        library=library,
+        info=provenance.library_info(run.install / "bin" / "w4a16_info", show=show),
+        device_kernels=len(verified.kernels),
+        tools=versions,
+    )
+
+    def make() -> Wheel:
+        with run.reporter.stage("wheel"):
+            return make_wheel(
+                origin,
+                package=package,
+                bundle=run.source,
+                library=library,
+                scratch=run.run_dir / ".state" / "wheel",
+                target=target,
+                show=show,
+            )
+
+    recover_folder(target)
+    result = run.stages.run(
+        "wheel",
+        Wheel,
+        make,
+        inputs={
+            "origin": origin,
+            "package": {name: sha256_bytes(content) for name, content in package.items()},
+            "license": sha256_file(ROOT / "LICENSE"),
+            "code": code_digest(),
+        },
+        outputs=(target,),
+    )
+    manifest.extend(run.run_dir, wheel=to_json(result))
+    run.reporter.say(f"wheel: {target / result.wheel}")
     return result
 
 

@@ -27,6 +27,9 @@ def project(workshop: Path) -> Path:
     """This project as a user has it, without artifacts and without a lock."""
     target = workshop / "project"
     for part in PARTS:
+        if (ROOT / part).is_file():
+            shutil.copy2(ROOT / part, target / part)
+            continue
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / part, target / part, ignore=ignored, symlinks=True)
     for package in ("tests",):

@@ -21,7 +21,7 @@ from tests.upstream import Upstream
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: What of this project a run needs; the tests work on a copy, so that `artifacts/`, `vendor/` and
 #: `configs/` here are never written, and an edit made here meanwhile changes nothing for them.
-PARTS = ("pipeline", "templates", "kernels", "configs", "tests/upstream")
+PARTS = ("pipeline", "templates", "kernels", "configs", "runtime", "tests/upstream", "LICENSE")
 SECONDS = 600.0
 #: Lock files of runs; they hold the process that had them last.
 LOCKS = (".lock", ".checkouts.lock")

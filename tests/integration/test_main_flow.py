@@ -213,7 +213,7 @@ def test_units_of_the_report_are_the_sources_of_the_library(demo: Site) -> None:
     assert {f"src/gemm/{e['ident']}.cu" for e in demo.manifest["selected"]} <= set(members)
 
 
-@pytest.mark.parametrize("stage", ["extract", "build", "verify", "test", "regenerate"])
+@pytest.mark.parametrize("stage", ["extract", "build", "verify", "test", "wheel", "regenerate"])
 def test_help_of_a_stage_names_the_shared_options(forge: Forge, stage: str) -> None:
     text = forge.run(stage, "--help").out
     for option in ("--config", "--trtllm", "--cutlass", "--out", "--jobs", "--toolchain", "-v"):

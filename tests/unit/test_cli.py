@@ -14,7 +14,7 @@ from tests.upstream import Upstream, write_upstream
 
 from .conftest import raw_profile
 
-STAGES = ("extract", "build", "verify", "test", "regenerate")
+STAGES = ("extract", "build", "verify", "test", "wheel", "regenerate")
 FAMILY = [
     kind
     for _, kind in inspect.getmembers(errors, inspect.isclass)
