@@ -1,0 +1,83 @@
+"""The benchmark that makes a shipped table, and the one that judges it, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from w4a16 import tables, tactics
+from w4a16.library import QuantOp
+from w4a16.tables import BUCKETS, Case
+
+from benchmarks import shipped_table, table_quality
+
+from .tactics_fakes import TACTICS, FakeLibrary, FakeTimer
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeLibrary()
+    for place in (tactics, import_module("w4a16.tune"), shipped_table, table_quality):
+        monkeypatch.setattr(place, "LIBRARY", fake)
+    monkeypatch.setattr(shipped_table, "Timer", lambda device: FakeTimer(device, library=fake))
+    monkeypatch.setattr(shipped_table, "current_device", lambda: 0)
+    monkeypatch.setattr(shipped_table, "conditions", lambda device: {"sm_mhz": 1980})
+    monkeypatch.setattr(shipped_table, "state", lambda: "none")
+
+
+def test_a_table_and_raw_times_are_made_and_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shipped_table.main(["--out", str(tmp_path), "--shapes", "3"]) == 0
+    made = tmp_path / "tactics-nvidia-fake.json"
+    table, dropped = tables.loads(made.read_bytes())
+    assert dropped == []
+    assert table.key.gpu == "NVIDIA Fake"
+    assert table.made["sm_mhz"] == 1980
+    assert Case(QuantOp.GROUP_SCALE_ZERO, 128, 4096, 4096) in table.entries
+    assert all(set(rows) == set(BUCKETS) for rows in table.entries.values())
+    raw = json.loads(made.with_suffix(".raw.json").read_text())
+    assert {row["m"] for row in raw["verify"]} >= {300, 4096}
+    capsys.readouterr()
+    for arguments in ([], ["--table", str(made)], ["--variants"]):
+        assert table_quality.main([str(made.with_suffix(".raw.json")), *arguments]) == 0
+    printed = capsys.readouterr().out
+    for text in ("auto", "shipped", "rule", "shipped, again", "no waves", "worst of the rule"):
+        assert text in printed
+
+
+def test_at_its_limit_it_stops_with_what_it_has(tmp_path: Path) -> None:
+    assert shipped_table.main(["--out", str(tmp_path), "--limit", "0.001"]) == 0
+    table, _ = tables.loads((tmp_path / "tactics-nvidia-fake.json").read_bytes())
+    assert len(table.entries) <= 1
+
+
+def test_the_work_names_no_case_twice_and_begins_with_the_anchors() -> None:
+    work = shipped_table.work()
+    cases = [case for case, _ in work]
+    assert len(set(cases)) == len(cases)
+    assert [(case.n, case.k) for case in cases[:7]] == list(shipped_table.ANCHORS)
+    assert all(case.n % 8 == 0 and case.k % 128 == 0 for case in cases)
+
+
+def test_a_case_of_another_group_is_left_out_only_where_the_first_stands_in_well() -> None:
+    plain = Case(QuantOp.GROUP_SCALE, 128, 4096, 4096)
+    one, two = TACTICS[2].name, TACTICS[5].name
+    entries = {
+        plain: {1: {one: 1.0, two: 2.0}},
+        plain._replace(group_size=64): {1: {one: 1.01, two: 1.0}},
+        plain._replace(group_size=256): {1: {one: 1.5, two: 1.0}},
+    }
+    kept = shipped_table.without_agreeing(entries, 132)
+    assert list(kept) == [plain, plain._replace(group_size=256)]
+
+
+def test_nothing_is_lost_where_the_best_is_taken() -> None:
+    row = table_quality.Row(
+        Case(QuantOp.GROUP_SCALE, 128, 4096, 4096), 1, {"gemv": 4.0, TACTICS[0].name: 8.0}, "gemv"
+    )
+    assert row.loss("gemv") == 1.0
+    assert row.loss(TACTICS[0].name) == 2.0
+    assert row.loss("given up before") == 2.0
