@@ -174,7 +174,7 @@ def _calls(torch: Any, tactic: int, m: int, act_order: bool) -> dict[str, Callab
     function, arguments = LIBRARY._run, LIBRARY._frame.args
 
     def plain() -> object:
-        return op(x, *weight, tactic)
+        return op(x, *weight[:5])
 
     with torch.inference_mode():
         inferred = x.clone()  # such tensors skip autograd's turn of the dispatcher
@@ -185,7 +185,8 @@ def _calls(torch: Any, tactic: int, m: int, act_order: bool) -> dict[str, Callab
     calls |= {
         "LIBRARY.run": run,
         "torch.ops.w4a16.linear": plain,
-        "torch.ops.w4a16.linear, of inference tensors": lambda: op(inferred, *weight, tactic),
+        "torch.ops.w4a16.linear, of inference tensors": lambda: op(inferred, *weight[:5]),
+        "torch.ops.w4a16.linear, sizes and tactic named": lambda: op(x, *weight, tactic),
         "W4A16Linear, the tactic of the tables": lambda: module(x),
         "w4a16.linear": lambda: w4a16.linear(x, packed, tactic=tactic),
     }

@@ -164,7 +164,7 @@ class _Checked:
 
     __slots__ = (
         *("scales", "zeros", "columns", "bias", "in_given", "out_given"),
-        *("sizes", "addresses", "device", "n", "k", "in_features", "out_features"),
+        *("bytes", "scale_count", "addresses", "device", "n", "k", "in_features", "out_features"),
         *("quant_op", "group_size"),
     )
 
@@ -185,7 +185,8 @@ class _Checked:
         self.bias = bias
         self.in_given = in_features
         self.out_given = out_features
-        self.sizes = packed.numel(), scales.numel()
+        self.bytes = packed.numel()
+        self.scale_count = scales.numel()
         self.addresses = _addresses(packed, scales, zeros, columns, bias)
         self.device = packed.get_device()
         self.n = packed.shape[0]
@@ -232,7 +233,13 @@ def _linear_cuda(
     tactic: int = -1,
 ) -> Tensor:
     weight = getattr(packed, "_w4a16", None)
-    addresses = _addresses(packed, scales, zeros, columns, bias)
+    addresses = (
+        packed.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr() if zeros is not None else 0,
+        columns.data_ptr() if columns is not None else 0,
+        bias.data_ptr() if bias is not None else 0,
+    )
     if (
         not weight
         or weight.scales is not scales
@@ -242,7 +249,8 @@ def _linear_cuda(
         or weight.in_given != in_features
         or weight.out_given != out_features
         or weight.addresses != addresses
-        or weight.sizes != (packed.numel(), scales.numel())
+        or weight.bytes != packed.numel()
+        or weight.scale_count != scales.numel()
     ):
         sizes = _sizes(packed, in_features, out_features)
         _check(x, packed, scales, zeros, columns, bias, *sizes)

@@ -1,0 +1,209 @@
+// The ring of stages in shared memory between the copy engine and the warps that multiply, and what fills it.
+
+#pragma once
+
+#include "problem.h"
+#include "ptx.h"
+
+namespace w4a16::decode {
+
+constexpr int warp_size = 32;
+
+// Warps beside those that multiply: one refills tiles, one scales.
+constexpr int producer_warps = 2;
+
+// A fill is complete when the copy engine has brought the tiles that one lane asked for, and 32 lanes their scales.
+constexpr int arrivals_of_a_fill = 1 + warp_size;
+
+// Shared memory of one CTA: a ring of stages that the copy engine fills and the consumer warps empty.  A stage is
+// `rows` rows (columns of W) by `stage_k` of packed weights, `tokens` rows of activations and the scales of each group.
+template <int rows_, int tokens_, int stage_k_, int smallest_group, bool zeros, int stages_>
+struct Ring {
+    static constexpr int rows = rows_;
+    static constexpr int tokens = tokens_;
+    static constexpr int stage_k = stage_k_;
+    static constexpr int stages = stages_;
+    static constexpr int weight_bytes = rows * stage_k / 2;
+    static constexpr int activation_bytes = tokens * stage_k * 2;
+    static constexpr int tile_bytes = weight_bytes + activation_bytes;
+    static constexpr int scale_rows = stage_k / smallest_group;
+    static constexpr int scale_row_bytes = rows * 2;
+    static constexpr int scale_bytes = scale_rows * scale_row_bytes * (zeros ? 2 : 1);
+    static_assert(
+        weight_bytes % 1024 == 0 && activation_bytes % 1024 == 0, "swizzled tiles start at multiples of 1024");
+
+    // Two full barriers a stage, used in turn: with consumers that visit only some fills of a stage, the parity of one
+    // could not tell the fill that is awaited from the one two before.
+    static constexpr int full_barriers = 2 * stages;
+    static constexpr int scales_at = stages * tile_bytes;
+    static constexpr int barriers_at = scales_at + stages * scale_bytes;
+    static constexpr int bytes = barriers_at + 8 * (full_barriers + stages);
+
+    std::uint32_t base;
+
+    __device__ std::uint32_t weights(int stage) const { return base + stage * tile_bytes; }
+    __device__ std::uint32_t activations(int stage) const { return base + stage * tile_bytes + weight_bytes; }
+    __device__ std::uint32_t scales(int stage) const { return base + scales_at + stage * scale_bytes; }
+    // `fill` counts fills modulo full_barriers.
+    __device__ std::uint32_t full(int fill) const { return base + barriers_at + 8 * fill; }
+    __device__ std::uint32_t empty(int stage) const { return base + barriers_at + 8 * (full_barriers + stage); }
+
+    __device__ void init(int consumers_of_a_stage) const {
+        for (int fill = 0; fill < full_barriers; ++fill) {
+            barrier_init(full(fill), arrivals_of_a_fill);
+        }
+        for (int stage = 0; stage < stages; ++stage) {
+            barrier_init(empty(stage), consumers_of_a_stage);
+        }
+        barrier_init_fence();
+    }
+};
+
+// Where a consumer that takes every `step`-th fill of a ring stands.
+template <typename Ring>
+struct Cursor {
+    int stage;
+    int fill;
+    int parity = 0;
+
+    __device__ explicit Cursor(int first) : stage(first), fill(first) {}
+
+    __device__ void advance(int step) {
+        stage += step;
+        if (stage >= Ring::stages) {
+            stage -= Ring::stages;
+        }
+        fill += step;
+        if (fill >= Ring::full_barriers) {
+            fill -= Ring::full_barriers;
+            parity ^= 1;
+        }
+    }
+};
+
+// The share of the rows and of K that a CTA works on, in stages.
+struct Work {
+    int first_row;
+    int first_block;
+    int blocks;
+};
+
+// Where a CTA's stages come from.
+template <typename Ring_, bool zeros>
+struct Source {
+    using Ring = Ring_;
+
+    const Ring &ring;
+    const CUtensorMap *weights;
+    const CUtensorMap *activations;
+    const Problem &problem;
+    Work work;
+    int activation_bytes; // of a stage
+
+    // One lane.
+    __device__ __forceinline__ void copy_weights(int stage, int fill, int block) const {
+        const std::uint32_t full = ring.full(fill);
+        barrier_arrive_expecting(full, Ring::weight_bytes + activation_bytes);
+        copy_tile_2d(ring.weights(stage), weights, (work.first_block + block) * (Ring::stage_k / 2), work.first_row,
+            full, evict_first);
+    }
+
+    // One lane.
+    __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
+        copy_tile_3d(ring.activations(stage), activations, 0, 0, (work.first_block + block) * (Ring::stage_k / 64),
+            ring.full(fill), evict_last);
+    }
+
+    // All lanes.  What lies beyond N or K becomes zeros.
+    __device__ __forceinline__ void copy_scales(int stage, int fill, int block, int lane) const {
+        constexpr int chunks_of_a_row = Ring::rows / 8;
+        constexpr int chunks = Ring::scale_rows * chunks_of_a_row;
+        const int rows_in_use = max(1, Ring::stage_k >> problem.group_shift);
+        const int first_group = (work.first_block + block) * Ring::stage_k >> problem.group_shift;
+        const int last_group = (problem.k - 1) >> problem.group_shift;
+#pragma unroll
+        for (int i = 0; i < (chunks + warp_size - 1) / warp_size; ++i) {
+            const int chunk = i * warp_size + lane;
+            const int row = chunk / chunks_of_a_row;
+            const int n = work.first_row + chunk % chunks_of_a_row * 8;
+            if (chunk < chunks && row < rows_in_use) {
+                const bool inside = first_group + row <= last_group && n < problem.n;
+                const std::size_t from = inside ? static_cast<std::size_t>(first_group + row) * problem.n + n : 0;
+                const std::uint32_t to = ring.scales(stage) + chunk * 16;
+                copy_16_or_zeros(to, problem.scales + from, inside);
+                if (zeros) {
+                    copy_16_or_zeros(to + Ring::scale_rows * Ring::scale_row_bytes, problem.zeros + from, inside);
+                }
+            }
+        }
+        barrier_arrive_after_copies(ring.full(fill));
+    }
+
+    // The first round.  All consumer warps share it, because what one warp needs to issue it would take longer than the
+    // memory does to answer.  Weights do not depend on earlier kernels, so they are asked for before waiting for those.
+    __device__ __forceinline__ void begin(int warp, int warps, int lane) const {
+        const int ahead = min(work.blocks, Ring::stages);
+        const bool elected = elect_lane();
+        if (elected) {
+            for (int i = warp; i < ahead; i += warps) {
+                copy_weights(i, i, i);
+                if (problem.dependence == independent) { // in the order of need, there is nothing to wait for
+                    copy_activations(i, i, i);
+                }
+            }
+        }
+        __syncwarp();
+        for (int i = warp; i < ahead; i += warps) {
+            copy_scales(i, i, i, lane);
+        }
+        if (problem.dependence != independent && elected) {
+            wait_for_dependencies();
+            for (int i = warp; i < ahead; i += warps) {
+                copy_activations(i, i, i);
+            }
+        }
+        __syncwarp();
+    }
+
+    // All later rounds, as stages become empty: one warp runs each of these two.
+    __device__ __forceinline__ void feed_tiles() const {
+        int stage = 0;
+        int fill = Ring::stages;
+        int parity = 0;
+        if (elect_lane()) {
+            for (int i = Ring::stages; i < work.blocks; ++i) {
+                barrier_wait(ring.empty(stage), parity);
+                copy_weights(stage, fill, i);
+                copy_activations(stage, fill, i);
+                advance(stage, fill, parity);
+            }
+            if (problem.dependence == release_late) {
+                release_dependents();
+            }
+        }
+    }
+
+    __device__ __forceinline__ void feed_scales(int lane) const {
+        int stage = 0;
+        int fill = Ring::stages;
+        int parity = 0;
+        for (int i = Ring::stages; i < work.blocks; ++i) {
+            barrier_wait(ring.empty(stage), parity);
+            copy_scales(stage, fill, i, lane);
+            advance(stage, fill, parity);
+        }
+    }
+
+private:
+    static __device__ __forceinline__ void advance(int &stage, int &fill, int &parity) {
+        if (++stage == Ring::stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+        if (++fill == Ring::full_barriers) {
+            fill = 0;
+        }
+    }
+};
+
+} // namespace w4a16::decode

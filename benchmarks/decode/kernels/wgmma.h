@@ -1,0 +1,159 @@
+// wgmma m64nNk16 with the first operand in registers: d = a * b or d += a * b, FP16 in, FP32 out.
+
+#pragma once
+
+#include <cstdint>
+
+namespace w4a16::decode {
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `pending` groups are in flight.
+template <int pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// Keeps registers that a group in flight reads from being given to anything else before this point: the compiler
+// believes that they were consumed when the instruction was issued.
+template <int count>
+__device__ __forceinline__ void hold(const std::uint32_t (&registers)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        asm volatile("" ::"r"(registers[i]) : "memory");
+    }
+}
+
+// A tile of 64 x 8n halves, K innermost, 128-byte rows swizzled by 128 bytes, 8 rows to 1024 bytes.
+__device__ __forceinline__ std::uint64_t tile_descriptor(std::uint32_t address) {
+    return static_cast<std::uint64_t>((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+template <int columns>
+struct Wgmma;
+
+template <>
+struct Wgmma<8> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[4], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %9, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3"
+                     "}, {%4, %5, %6, %7}, %8, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<16> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[8], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %13, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7"
+                     "}, {%8, %9, %10, %11}, %12, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<24> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[12], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %17, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n24k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11"
+                     "}, {%12, %13, %14, %15}, %16, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<32> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[16], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %21, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+                     "}, {%16, %17, %18, %19}, %20, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+                       "+f"(d[14]), "+f"(d[15])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<48> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[24], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %29, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                     "%19, %20, %21, %22, %23"
+                     "}, {%24, %25, %26, %27}, %28, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+                       "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+                       "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<64> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[32], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %37, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+                     "}, {%32, %33, %34, %35}, %36, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+                       "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+                       "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+                       "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+template <>
+struct Wgmma<128> {
+    template <bool accumulate = true>
+    static __device__ __forceinline__ void multiply(float (&d)[64], std::uint32_t a0, std::uint32_t a1,
+        std::uint32_t a2, std::uint32_t a3, std::uint64_t b) {
+        asm volatile("{\n.reg .pred yes;\nsetp.ne.u32 yes, %69, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+                     "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+                     "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+                     "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+                     "}, {%64, %65, %66, %67}, %68, yes, 1, 1, 0;\n}"
+                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
+                       "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
+                       "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),
+                       "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
+                       "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]),
+                       "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]),
+                       "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
+                       "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+                       "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]),
+                       "+f"(d[63])
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "n"(accumulate ? 1 : 0));
+    }
+};
+
+} // namespace w4a16::decode

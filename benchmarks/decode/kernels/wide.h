@@ -1,0 +1,273 @@
+// More tokens (M from 8 on): wgmma with the weights as the first operand, converted to half in registers.
+//
+// A CTA owns 64 * row_groups columns of W ("rows", they are the rows of the product) and a share of K; the CTAs of a
+// cluster share K among them and add up through each other's shared memory in a fixed order.  Each consumer warpgroup
+// has 64 rows; with `sets` > 1, as many warpgroups have the same rows and take stages of 128 of K in turn.
+//
+// Weights become operands 32 of K at a time, in one of `buffers` sets of registers, while the tensor cores work on the
+// ones before.  Scales are applied in one of two ways:
+//   folded   to the FP32 sum over each group; the operand is q - 8.  A sixth fewer instructions up to M = 32, and
+//            instructions are what bounds these kernels.  Groups of 128 and larger, no zeros.
+//   scaled   to the operand, w = (q - 8) * s + z rounded to half, as the GEMM kernels do.  Everything else.
+
+#pragma once
+
+#include "ring.h"
+#include "wgmma.h"
+
+namespace w4a16::decode {
+
+template <int row_groups_, int sets_, int tokens_, int stages_, bool zeros_, bool folded_, int buffers_,
+    int ctas_per_sm_>
+struct WideShape {
+    static constexpr int row_groups = row_groups_;
+    static constexpr int sets = sets_;
+    static constexpr int tokens = tokens_;
+    static constexpr bool zeros = zeros_;
+    static constexpr bool folded = folded_;
+    static constexpr int buffers = buffers_;
+    static constexpr int ctas_per_sm = ctas_per_sm_;
+    static constexpr int rows = 64 * row_groups;
+    static constexpr int warpgroups = row_groups * sets;
+    static constexpr int consumers = warpgroups * 128;
+    static constexpr int threads = consumers + producer_warps * warp_size;
+    using Ring = decode::Ring<rows, tokens, 128, 64, zeros, stages_>;
+    static_assert(!(zeros && folded), "a zero is added to each weight");
+    static_assert(buffers == 2 || buffers == 4, "a stage of 4 spans starts with the first buffer");
+    static_assert(stages_ > 2 * sets - 1, "a consumer holds on to the stage before the one that it is on");
+
+    static constexpr int sums_pitch = rows + 4; // keeps the four lanes of a row pair in different banks
+    static constexpr int sums_bytes = sets * tokens * sums_pitch * 4;
+    static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
+    static constexpr int shared_bytes = Ring::bytes;
+    static constexpr int box_tokens(int) { return tokens; }
+};
+
+__device__ __forceinline__ std::uint32_t bits_of(__half2 value) { return *reinterpret_cast<std::uint32_t *>(&value); }
+
+// Nibbles 0 and 4 of a word, less 8.
+__device__ __forceinline__ __half2 convert_low(std::uint32_t word) {
+    std::uint32_t bits; // 1024 + q
+    asm("lop3.b32 %0, %1, 0x000F000F, 0x64006400, 0xEA;" : "=r"(bits) : "r"(word));
+    return __hsub2(*reinterpret_cast<__half2 *>(&bits), __half2half2(__ushort_as_half(0x6408)));
+}
+
+// Nibbles 1 and 5, less 8.
+__device__ __forceinline__ __half2 convert_high(std::uint32_t word) {
+    std::uint32_t bits; // 1024 + 16 q
+    asm("lop3.b32 %0, %1, 0x00F000F0, 0x64006400, 0xEA;" : "=r"(bits) : "r"(word));
+    return __hfma2(*reinterpret_cast<__half2 *>(&bits), __half2half2(__ushort_as_half(0x2C00)),
+        __half2half2(__ushort_as_half(0xD480))); // / 16 - 72
+}
+
+// The sums of one warpgroup's lane: `part` over the group at hand, where scales are folded, and `total`.
+template <typename Shape>
+struct WideSums {
+    float total[Shape::tokens / 2] = {};
+    [[maybe_unused]] float part[Shape::tokens / 2] = {};
+    [[maybe_unused]] float scale[2] = {0.f, 0.f}; // of the group that `part` is over
+
+    __device__ __forceinline__ void fold() {
+#pragma unroll
+        for (int i = 0; i < Shape::tokens / 2; ++i) {
+            asm volatile("" : "+f"(part[i])::"memory"); // wgmma wrote it since the compiler saw it last
+            total[i] = fmaf(part[i], scale[i / 2 % 2], total[i]);
+        }
+    }
+};
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
+    wide_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
+        const Problem problem) {
+    using Ring = typename Shape::Ring;
+    constexpr int tokens = Shape::tokens;
+    constexpr int buffers = Shape::buffers;
+    constexpr int warps = Shape::warpgroups * 4;
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Ring ring{shared_address(shared)};
+    const int lane = threadIdx.x % warp_size;
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / warp_size), 0); // makes it uniform
+    const int shares = cluster_size();
+    const int share = cluster_rank();
+    const int first_row = blockIdx.x / shares * Shape::rows;
+    const int all_blocks = (problem.k + Ring::stage_k - 1) / Ring::stage_k;
+    const int first_block = all_blocks * share / shares;
+    const int blocks = all_blocks * (share + 1) / shares - first_block;
+
+    if (problem.dependence == release_early) {
+        release_dependents();
+    }
+    if (warp == warps) {
+        if (elect_lane()) {
+            prefetch_tensor_map(&weights);
+            prefetch_tensor_map(&activations);
+            ring.init(Shape::row_groups * 4);
+        }
+        __syncwarp();
+    }
+    __syncthreads();
+    const Source<Ring, Shape::zeros> source{
+        ring, &weights, &activations, problem, Work{first_row, first_block, blocks}, Ring::activation_bytes};
+    if (warp == warps) {
+        source.feed_tiles();
+        return;
+    }
+    if (warp == warps + 1) {
+        source.feed_scales(lane);
+        return;
+    }
+    source.begin(warp, warps, lane);
+
+    const int row_group = warp / 4 % Shape::row_groups;
+    const int set = warp / 4 / Shape::row_groups;
+    const int row = row_group * 64 + warp % 4 * 16 + lane / 4; // and 8 below
+    constexpr int row_bytes = Ring::stage_k / 2;
+    std::uint32_t word_offset[4]; // of 32 of K each; rows of 64 bytes are swizzled over 4 chunks, two rows to a line
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        word_offset[i] = row * row_bytes + lane % 4 * 4 + ((i ^ lane / 8) << 4);
+        asm volatile("" : "+r"(word_offset[i])); // else it is computed anew in every round
+    }
+    // Stages start at a multiple of the group, or groups at a multiple of the stage, so this holds for every stage.
+    const int second_scales = (64 >> problem.group_shift) * Ring::scale_row_bytes;
+    const std::uint64_t first_tile = tile_descriptor(ring.activations(0));
+
+    WideSums<Shape> sums;
+    std::uint32_t operand[buffers][8] = {};
+    int last_stage = 0;
+    Cursor<Ring> at(set);
+    for (int block = set; block < blocks; block += Shape::sets) {
+        barrier_wait(ring.full(at.fill), at.parity);
+        const std::uint32_t words = ring.weights(at.stage);
+        const std::uint64_t tile = first_tile + at.stage * (Ring::tile_bytes / 16);
+        const std::uint32_t scales = ring.scales(at.stage) + row * 2;
+        __half2 scale[2];
+        __half2 zero[2];
+        std::uint32_t word[4][2];
+#pragma unroll
+        for (int span = 0; span < 4; ++span) {
+            word[span][0] = load_word(words + word_offset[span]);
+            word[span][1] = load_word(words + word_offset[span] + 8 * row_bytes);
+        }
+        // No branch in here: ptxas serialises every wgmma (C7513) where one leads past a group in flight.
+#pragma unroll
+        for (int span = 0; span < 4; ++span) {
+            if (!Shape::folded && span % 2 == 0) {
+                const std::uint32_t scales_here = scales + span / 2 * second_scales;
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    scale[side] = __half2half2(load_half(scales_here + side * 16));
+                    if (Shape::zeros) {
+                        zero[side] = __half2half2(
+                            load_half(scales_here + side * 16 + Ring::scale_rows * Ring::scale_row_bytes));
+                    }
+                }
+            }
+            std::uint32_t(&a)[8] = operand[span % buffers];
+            wgmma_wait<buffers - 1>();
+            hold(a);
+            if (span == buffers - 1) { // all products of the stage before are done
+                barrier_arrive_by_warp(ring.empty(last_stage), block > set);
+            }
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const std::uint32_t early = word[span][side];
+                const std::uint32_t late = early >> 8;
+                const __half2 q[4] = {convert_low(early), convert_high(early), convert_low(late), convert_high(late)};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    a[2 * i + side] = bits_of(Shape::folded ? q[i]
+                            : Shape::zeros                  ? __hfma2(q[i], scale[side], zero[side])
+                                                            : __hmul2(q[i], scale[side]));
+                }
+            }
+            if (Shape::folded && span == 0) {
+                wgmma_wait<0>();
+#pragma unroll
+                for (int i = 0; i < buffers; ++i) {
+                    hold(operand[i]);
+                }
+                sums.fold();
+                sums.scale[0] = __half2float(load_half(scales));
+                sums.scale[1] = __half2float(load_half(scales + 16));
+            }
+            float(&sum)[tokens / 2] = Shape::folded ? sums.part : sums.total;
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const std::uint64_t at_k = tile + (span / 2 * tokens * 128 + (span % 2 * 2 + i) * 32) / 16;
+                if (Shape::folded && span == 0 && i == 0) {
+                    Wgmma<tokens>::template multiply<false>(
+                        sum, a[i * 4], a[i * 4 + 1], a[i * 4 + 2], a[i * 4 + 3], at_k);
+                } else {
+                    Wgmma<tokens>::multiply(sum, a[i * 4], a[i * 4 + 1], a[i * 4 + 2], a[i * 4 + 3], at_k);
+                }
+            }
+            wgmma_commit();
+        }
+        last_stage = at.stage;
+        at.advance(Shape::sets);
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < buffers; ++i) {
+        hold(operand[i]);
+    }
+    if (Shape::folded) {
+        sums.fold();
+    }
+
+    // Every fill has been waited for by some warp, so after this barrier the stages are free.
+    constexpr int pitch = Shape::sums_pitch;
+    float *partial = reinterpret_cast<float *>(shared);
+    sync_threads(1, Shape::consumers);
+#pragma unroll
+    for (int i = 0; i < tokens / 2; ++i) {
+        const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        partial[(set * tokens + token) * pitch + row + i / 2 % 2 * 8] = sums.total[i];
+    }
+    if (shares > 1) {
+        sync_cluster();
+    } else {
+        sync_threads(1, Shape::consumers);
+    }
+    // Each CTA of the cluster adds up and writes its share of the rows, four at a time.
+    const int quads = Shape::rows / 4;
+    const int first_quad = quads * share / shares;
+    const int own_quads = quads * (share + 1) / shares - first_quad;
+    for (int i = threadIdx.x; i < problem.m * own_quads; i += Shape::consumers) {
+        const int token = i / own_quads;
+        const int quad_row = (first_quad + i % own_quads) * 4;
+        const int n = first_row + quad_row;
+        if (n >= problem.n) {
+            continue;
+        }
+        float4 total = {0.f, 0.f, 0.f, 0.f};
+        for (int from = 0; from < shares; ++from) {
+#pragma unroll
+            for (int s = 0; s < Shape::sets; ++s) {
+                const std::uint32_t place = shared_address(partial + (s * tokens + token) * pitch + quad_row);
+                const float4 part = load_remote(remote_address(place, from));
+                total.x += part.x;
+                total.y += part.y;
+                total.z += part.z;
+                total.w += part.w;
+            }
+        }
+        if (problem.bias != nullptr) {
+            total.x += __half2float(problem.bias[n]);
+            total.y += __half2float(problem.bias[n + 1]);
+            total.z += __half2float(problem.bias[n + 2]);
+            total.w += __half2float(problem.bias[n + 3]);
+        }
+        const __half2 out[2] = {__floats2half2_rn(total.x, total.y), __floats2half2_rn(total.z, total.w)};
+        *reinterpret_cast<uint2 *>(problem.c + static_cast<std::size_t>(token) * problem.n + n) =
+            *reinterpret_cast<const uint2 *>(out);
+    }
+    if (shares > 1) {
+        sync_cluster(); // nobody leaves while others read its sums
+    }
+}
+
+} // namespace w4a16::decode
