@@ -58,9 +58,6 @@ def test(session: nox.Session) -> None:
     """Run this project's tests, then test the library in DIR (on a GPU: error and time too)."""
     session.install("-e", ".[test,wheel]")
     session.run("pytest", "tests/unit", "tests/integration")
-    if not any(Path("artifacts").glob("*/*/dist/install/lib*/libw4a16.so")):
-        _miniature(session, "extract", "build")  # the package's tests need some library
-    session.run("pytest", "tests/runtime")
     _pipeline(session, "test")
 
 
@@ -69,6 +66,15 @@ def wheel(session: nox.Session) -> None:
     """Make the wheel, the bundle's tarball and SHA256SUMS from the library that build left."""
     session.install("-e", ".[wheel]")
     _pipeline(session, "wheel")
+
+
+@nox.session
+def test_package(session: nox.Session) -> None:
+    """Run the Python package's tests without a GPU; they bring torch, whose CPU build will do."""
+    session.install("-e", ".[test,package]")
+    if not any(Path("artifacts").glob("*/*/dist/install/lib*/libw4a16.so")):
+        _miniature(session, "extract", "build")  # they need some library
+    session.run("pytest", "tests/runtime")
 
 
 @nox.session
