@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 import w4a16
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from w4a16 import safetensors
 from w4a16.library import LIBRARY
 
 HIDDEN, INNER, BLOCKS, VOCABULARY = 256, 512, 2, 512
@@ -148,7 +148,12 @@ def write_checkpoint(model: nn.Module, folder: Path) -> None:
             tensors |= {f"{name}.{last}": tensor for last, tensor in stored.items()}
             module.weight.data.copy_(weight)
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    names = {torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+    parts = {
+        name: (names[tensor.dtype], tensor.shape, tensor.numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+    safetensors.write(folder / "model.safetensors", parts, {"format": "pt"})
     config = {"model_type": "llama", "quantization_config": QUANTIZATION}
     (folder / "config.json").write_text(json.dumps(config))
 

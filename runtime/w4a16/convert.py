@@ -117,7 +117,7 @@ def convert(
     """
     begin = time.monotonic()
     start, end = Path(source), Path(os.path.abspath(target))
-    _check_options(shard_bytes, threads)
+    _check_options(shard_bytes, threads, zero_points)
     _check_folders(start, end)
     place = Place(device)
     with Checkpoint(start) as checkpoint:
@@ -186,10 +186,12 @@ def _already_done(partial: Partial, inputs: Mapping[str, Any], overwrite: bool) 
 # ---- What is asked for ----
 
 
-def _check_options(shard_bytes: int, threads: int) -> None:
+def _check_options(shard_bytes: int, threads: int, zero_points: str | None) -> None:
     for name, value, least in (("shard_bytes", shard_bytes, 1), ("threads", threads, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name} is {value!r}: expected an integer from {least} up")
+    if zero_points not in (None, "v1", "v2"):
+        raise ArgumentError(f"zero_points is {zero_points!r}: expected 'v1', 'v2' or None")
 
 
 def _check_folders(source: Path, target: Path) -> None:

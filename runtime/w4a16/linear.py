@@ -14,7 +14,7 @@ from w4a16.arguments import Argument, check_linear
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError
 from w4a16.library import LIBRARY, Problem
-from w4a16.packed import PackedWeight
+from w4a16.packed import PackedWeight, require_packed
 from w4a16.packing import dequantize
 from w4a16.tactics import Plan, plan, resolve
 
@@ -56,6 +56,7 @@ def linear(
     :class:`w4a16.UnsupportedError` for a tactic that has no kernel for them, and
     :class:`w4a16.DeviceError` where no kernel can run.
     """
+    require_packed(packed)
     index = resolve(tactic)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):

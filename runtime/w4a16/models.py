@@ -87,6 +87,7 @@ def replace_linears(
     Warns :class:`w4a16.W4A16Warning` with the names of quantised weights that no module has. If a
     layer cannot be made, those before it stay replaced.
     """
+    _require_module(model)
     if source is None:
         return _replace(model, _in_model(model, config, zero_points, device), skip, progress)
     if config is not None:
@@ -121,12 +122,18 @@ def load_converted(
     :func:`replace_linears`, and if a tensor is left on the meta device. Warns
     :class:`w4a16.W4A16Warning` of tensors that no module has.
     """
+    _require_module(model)
     with open_converted(Path(directory)) as folder:
         stored = _of_converted(folder)
         model = _replace(model, _in_folder(model, stored, device, skip), skip, progress)
         _load_others(model, folder, device, skip)
     # What no checkpoint holds (positions, masks) was made with the model.
     return model if device is None else model.to(device)
+
+
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from w4a16 import packing
 from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight
 from w4a16.errors import ArgumentError
 from w4a16.formats.config import ZeroPoints
-from w4a16.packed import PackedWeight
+from w4a16.packed import PackedWeight, require_packed
 from w4a16.torch_ops import arguments_of, register_torch_ops
 
 register_torch_ops()
@@ -49,6 +49,7 @@ class W4A16Linear(nn.Module):
         Raises :class:`w4a16.ArgumentError` unless they fit together.
         """
         super().__init__()
+        require_packed(weight)
         self.in_features = int(weight.in_features)
         self.out_features = int(weight.out_features)
         arrays = weight.arrays()
@@ -97,6 +98,9 @@ class W4A16Linear(nn.Module):
         ``group_size`` 0 or -1 is per column. ``k`` and ``n`` are the padded sizes; by default
         ``in_features`` rounded up to whole groups and multiples of 64, and ``out_features`` to 8.
         """
+        for size, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{size} is {value!r}: expected an integer from 1 up")
         unit = math.lcm(K_MULTIPLE, group_size) if group_size > 0 else K_MULTIPLE
         k = -(-in_features // unit) * unit if k is None else k
         n = -(-out_features // N_MULTIPLE) * N_MULTIPLE if n is None else n

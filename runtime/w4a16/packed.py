@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from w4a16.errors import ArgumentError
 from w4a16.library import QuantOp
 
 
@@ -61,3 +62,12 @@ class PackedWeight:
         """The arrays that are not None, by the names of their fields."""
         names = ("packed", "scales", "zeros", "columns", "bias")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def require_packed(value: object) -> None:
+    """Raises :class:`w4a16.ArgumentError` for what is no :class:`w4a16.PackedWeight`."""
+    if not isinstance(value, PackedWeight):
+        raise ArgumentError(
+            f"packed is a {type(value).__name__}: expected a w4a16.PackedWeight, as w4a16.pack"
+            " makes it"
+        )

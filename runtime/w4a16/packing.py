@@ -22,7 +22,7 @@ from w4a16.formats.config import LayerConfig, QuantizationConfig, ZeroPoints
 from w4a16.formats.layer import Layer
 from w4a16.formats.order import Extent, extent
 from w4a16.formats.reading import check_supported, read_layer
-from w4a16.packed import PackedWeight
+from w4a16.packed import PackedWeight, require_packed
 from w4a16.places import Place, moved, on_host, place_of
 
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "plain")
@@ -367,6 +367,7 @@ def _current_device() -> int:
 
 def _opened(packed: PackedWeight) -> tuple[Place, dict[str, View]]:
     """Raises :class:`w4a16.ArgumentError` for arrays that are no packed weight."""
+    require_packed(packed)
     views = {name: arrays.view(array, name) for name, array in packed.arrays().items()}
     described = {
         name: Argument(name, view.dtype, view.shape, view.device_name, view.contiguous)

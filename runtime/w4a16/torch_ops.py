@@ -31,10 +31,10 @@ from torch import Tensor
 
 from w4a16.arguments import Argument, check_linear, check_weight
 from w4a16.errors import ArgumentError, W4A16Error
-from w4a16.library import LIBRARY, Problem, QuantOp
+from w4a16.library import AUTO, LIBRARY, Problem, QuantOp
 from w4a16.packed import PackedWeight
 from w4a16.packing import dequantize
-from w4a16.tactics import plan
+from w4a16.tactics import plan, resolve
 
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
 # Defaults are not handed to Python: a call that leaves them out is microseconds faster.
@@ -275,9 +275,19 @@ def _linear_cuda(
     if len(shape) == 2:
         out = _empty_cuda((shape[0], n), (n, 1), _HALF)
     else:
-        out = x.new_empty((*shape[:-1], n))
+        out = _empty_cuda((*shape[:-1], n), _strides((*shape[:-1], n)), _HALF)
     _launch(x, weight, addresses, out, tactic)
     return out if n == weight.out_features else out[..., : weight.out_features]
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Of a contiguous tensor."""
+    strides = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent or 1
+    return strides[::-1]
 
 
 def _linear_out_cuda(
@@ -326,7 +336,7 @@ def _launch(
     if weight.bias is not None and weight.bias.shape[0] != n:
         padded = torch.nn.functional.pad(weight.bias, (0, n - weight.out_features))
         bias = padded.data_ptr()
-    if tactic < 0:
+    if tactic == AUTO:
         tactic, size = plan(device, quant_op, m, n, k, group_size, bias != 0)
     else:
         size = _workspace_size(device, tactic, quant_op, m, n, k, group_size, bias != 0)
@@ -335,7 +345,7 @@ def _launch(
     workspace = 0
     if columns:
         gathered = -(-m * k * 2 // _ALIGNMENT) * _ALIGNMENT
-        memory = x.new_empty(gathered + size, dtype=_BYTE)
+        memory = _empty_cuda((gathered + size,), (1,), _BYTE)
         moved = memory.data_ptr()
         inputs = weight.in_features
         LIBRARY.gather_columns(a, m, inputs, inputs, columns, k, moved, stream)
@@ -347,7 +357,7 @@ def _launch(
             x = x.clone()
             a = x.data_ptr()
         if size:
-            memory = x.new_empty(size, dtype=_BYTE)
+            memory = _empty_cuda((size,), (1,), _BYTE)
             workspace = memory.data_ptr()
     LIBRARY.run(
         tactic,
@@ -400,6 +410,7 @@ def _linear_cpu(
     out_features: int = 0,
     tactic: int = -1,
 ) -> Tensor:
+    resolve(tactic)
     in_features, out_features = _sizes(packed, in_features, out_features)
     _check(x, packed, scales, zeros, columns, bias, in_features, out_features)
     out = _empty_output(x, packed, out_features)
@@ -419,6 +430,7 @@ def _linear_out_cpu(
     out: Tensor,
     tactic: int = -1,
 ) -> None:
+    in_features, out_features = _sizes(packed, in_features, out_features)
     _check(x, packed, scales, zeros, columns, bias, in_features, out_features, out)
     _reference(x, packed, scales, zeros, columns, bias, in_features, out_features, out)
 
@@ -603,6 +615,7 @@ def _linear_out_fake(
     out: Tensor,
     tactic: int = -1,
 ) -> None:
+    in_features, out_features = _sizes(packed, in_features, out_features)
     _check(x, packed, scales, zeros, columns, bias, in_features, out_features, out)
 
 

@@ -403,3 +403,18 @@ def test_what_cannot_be_launched_is_refused(kernels: HostKernels) -> None:
     with pytest.raises(w4a16.ArgumentError, match=r"x is .*strides.*contiguous"):
         linear(Cuda(columns), on_gpu(packed))
     assert not kernels.launches
+
+
+@pytest.mark.parametrize("call", ["linear", "linear of torch", "unpack", "dequantize", "module"])
+@pytest.mark.parametrize("value", [None, {}, "packed", 3])
+def test_what_is_no_packed_weight_is_refused_by_name(call: str, value: Any) -> None:
+    calls: dict[str, Any] = {
+        "linear": lambda: linear(np.ones((1, 64), np.float16), value),
+        "linear of torch": lambda: linear(torch.ones(1, 64).half(), value),
+        "unpack": lambda: w4a16.unpack(value),
+        "dequantize": lambda: w4a16.dequantize(value),
+        "module": lambda: w4a16.W4A16Linear(value),
+    }
+    wanted = f"packed is a {type(value).__name__}: expected a w4a16.PackedWeight"
+    with pytest.raises(w4a16.ArgumentError, match=wanted):
+        calls[call]()

@@ -463,3 +463,9 @@ def test_errors_of_a_layer_name_it() -> None:
     wrong = {**tensors, "scales": tensors["scales"][:1]}
     with pytest.raises(w4a16.FormatError, match=r"^a: .*scales"):
         replace_linears(model_of(stored_models.CONFIGS["gptq"], a=Quantised(wrong)))
+
+
+def test_what_is_no_module_is_refused_by_name(tmp_path: Path) -> None:
+    for call in (w4a16.replace_linears, w4a16.load_converted):
+        with pytest.raises(w4a16.ArgumentError, match=r"^model is a NoneType: expected a torch"):
+            call(None, tmp_path)

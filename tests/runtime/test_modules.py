@@ -174,3 +174,9 @@ def test_arrays_that_do_not_fit_together_make_no_module() -> None:
     arrays = {**{each: getattr(packed, each) for each in NAMES}, "bias": 3}
     with pytest.raises(w4a16.ArgumentError, match="bias is a int: expected a torch tensor"):
         W4A16Linear(w4a16.PackedWeight(**arrays, in_features=128, out_features=24))
+
+
+@pytest.mark.parametrize("sizes", [(-64, 64), (64, -8), (0, 8), ("64", 8), (64.0, 8), (True, 8)])
+def test_an_empty_module_of_no_size_is_refused_by_name(sizes: tuple[Any, Any]) -> None:
+    with pytest.raises(w4a16.ArgumentError, match=r"(in|out)_features is .*: expected an integer"):
+        W4A16Linear.empty(*sizes)

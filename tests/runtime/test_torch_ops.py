@@ -87,6 +87,16 @@ def test_linear_out_writes_what_linear_returns(product: Product) -> None:
     assert out._version > version
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_linear_out_takes_the_sizes_of_the_packed_weight_for_0(device: str) -> None:
+    product = Product(3, **KINDS["symmetric"])
+    x, packed, scales = (tensor.to(device) for tensor in (product.x, *product.weight[:2]))
+    out = torch.empty((3, product.case.n), dtype=torch.float16, device=device)
+    OPS.linear_out(x, packed, scales, None, None, None, 0, 0, out)
+    if device == "cpu":
+        assert torch.equal(out, OPS.linear(x, packed, scales))
+
+
 @pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 0, 3), (2, 1, 3)])
 def test_leading_dimensions_are_kept(product: Product, leading: tuple[int, ...]) -> None:
     x = torch.randn(*leading, product.case.k).half()
@@ -318,7 +328,9 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> HostKernels:
     monkeypatch.setattr(torch_ops, "_current_device", lambda: -1)
     monkeypatch.setattr(torch_ops, "_raw_stream", lambda device: 4711)
     monkeypatch.setattr(
-        torch_ops, "_empty_cuda", lambda size, stride, dtype: torch.empty(size, dtype=dtype)
+        torch_ops,
+        "_empty_cuda",
+        lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
     )
     return HostKernels().install(monkeypatch, torch_ops)
 
@@ -480,3 +492,20 @@ def test_a_weight_that_changed_since_its_last_launch_is_looked_at_again(
         weight = [*product.weight[:place], tensor.reshape(-1)[:8], *product.weight[place + 1 :]]
         with pytest.raises(w4a16.ArgumentError, match=name):
             LAUNCH(product.x, *weight, *product.sizes)
+
+
+@pytest.mark.parametrize("tactic", [-2, len(w4a16.tactic_names()), 999])
+def test_a_tactic_that_is_not_there_is_refused_on_a_cpu_too(tactic: int) -> None:
+    with pytest.raises(w4a16.ArgumentError, match=f"tactic is {tactic}"):
+        OPS.linear(*Product(8).arguments, tactic)
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 0, 3), (1, 1, 4, 1)])
+def test_outputs_of_launches_are_contiguous_in_any_number_of_dimensions(
+    kernels: HostKernels, leading: tuple[int, ...]
+) -> None:
+    product = Product(8)
+    x = torch.randn(*leading, product.case.k).half()
+    found = LAUNCH(x, *product.weight, *product.sizes)
+    expected = x.new_empty((*leading, product.case.n))
+    assert (found.shape, found.stride()) == (expected.shape, expected.stride())
