@@ -91,17 +91,6 @@ def stays_inside(root: Path, path: Path) -> bool:
     return target.is_relative_to(root.resolve())
 
 
-def resolve_inside(root: Path, relative: str, *, what: str) -> Path:
-    """Resolve ``relative`` below ``root``; a link on the way that leads outside is refused."""
-    candidate = root / relative_inside(relative, what=what)
-    if not stays_inside(root, candidate):
-        raise PathError(
-            f"{what} {relative!r} is a link that leads outside {root.name}",
-            hint="upstream trees may not hold links to places outside themselves",
-        )
-    return candidate
-
-
 def write_bytes(path: Path, data: bytes) -> bool:
     """Write ``data`` to ``path`` through a temporary file and a rename; False if unchanged."""
     try:

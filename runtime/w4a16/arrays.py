@@ -120,42 +120,6 @@ def view(value: object, name: str, *, stream: int | None = None, writable: bool 
     return replace(made, stream=_normal(stream))
 
 
-def require(
-    v: View,
-    name: str,
-    *,
-    dtype: str | tuple[str, ...] | None = None,
-    shape: tuple[int | None, ...] | None = None,
-    device: int | None = None,
-    contiguous: bool = True,
-    alignment: int = 1,
-) -> View:
-    """The view, if it is as asked for; None in a shape is any size, -1 as a device the CPU.
-
-    Raises :class:`w4a16.ArgumentError`.
-    """
-    dtypes = (dtype,) if isinstance(dtype, str) else dtype
-    if dtypes is not None and v.dtype not in dtypes:
-        raise ArgumentError(f"{name} is {v.describe()}: expected {' or '.join(dtypes)}")
-    if shape is not None and not (
-        len(shape) == len(v.shape)
-        and all(want in (None, size) for want, size in zip(shape, v.shape, strict=True))
-    ):
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ArgumentError(f"{name} is {v.describe()}: expected the shape [{sizes}]")
-    if device is not None and v.device != max(device, -1):
-        place = "cpu" if device < 0 else f"cuda:{device}"
-        raise ArgumentError(f"{name} is {v.describe()}: expected it on {place}")
-    if contiguous and not v.contiguous:
-        raise ArgumentError(f"{name} is {v.describe()}: expected a contiguous array")
-    if v.address % alignment:
-        raise ArgumentError(
-            f"{name} is {v.describe()}, at the address {v.address:#x}: expected a multiple of"
-            f" {alignment}; copy it"
-        )
-    return v
-
-
 def _view(value: object, name: str, stream: int | None) -> View:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, getattr(torch, "Tensor", ())):
@@ -787,17 +751,6 @@ def empty(shape: Sequence[int], dtype: str, like: View) -> Any:
     if like.device < 0:
         return np.empty(tuple(shape), _dtype(dtype))
     return DeviceArray(shape, dtype, device=like.device, stream=like.stream or 0)
-
-
-def to_device(array: Any, device: int) -> Any:
-    """The array on a GPU: torch tensors stay torch tensors, all else becomes a
-    :class:`DeviceArray`. What is there already is returned as it is."""
-    seen = view(array, "array")
-    if seen.device == device:
-        return array
-    if seen.framework == "torch":
-        return array.to(f"cuda:{device}")
-    return DeviceArray.from_numpy(to_host(array), device=device)
 
 
 def to_host(array: Any) -> Any:

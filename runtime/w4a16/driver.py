@@ -89,7 +89,6 @@ _ATTRIBUTES = {
     "sm_count": 16,
     "compute_mode": 20,
     "memory_clock_khz": 36,
-    "memory_bus_bits": 37,
     "l2_bytes": 38,
     "cc_major": 75,
     "cc_minor": 76,
@@ -330,10 +329,6 @@ def clock_khz(device: int) -> int:
 def memory_clock_khz(device: int) -> int:
     """The highest clock of the memory."""
     return _attribute("memory_clock_khz", device)
-
-
-def memory_bus_bits(device: int) -> int:
-    return _attribute("memory_bus_bits", device)
 
 
 def compute_mode(device: int) -> str:

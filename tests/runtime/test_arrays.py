@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from w4a16 import arrays, driver
-from w4a16.arrays import DeviceArray, View, empty, require, to_device, to_host, view
+from w4a16.arrays import DeviceArray, View, empty, to_host, view
 from w4a16.errors import ArgumentError, DeviceError
 
 from tests.runtime.fake import FakeDriver, install
@@ -452,41 +452,7 @@ def test_what_a_view_names_as_its_owner_can_be_viewed_again() -> None:
     assert np.array_equal(to_host(owner), array)
 
 
-# ---- require, empty, to_host ----
-
-
-def test_what_is_as_asked_for_passes() -> None:
-    seen = view(np.zeros((3, 8), np.float16), "x")
-    assert require(seen, "x", dtype="float16", shape=(None, 8), device=-1, alignment=2) is seen
-    assert require(seen, "x", dtype=("float32", "float16")) is seen
-
-
-@pytest.mark.parametrize(
-    ("wanted", "reason"),
-    [
-        ({"dtype": "int32"}, "expected int32"),
-        ({"dtype": ("int32", "int64")}, "expected int32 or int64"),
-        ({"shape": (3, None)}, r"expected the shape \[3, any\]"),
-        ({"shape": (4,)}, r"expected the shape \[4\]"),
-        ({"device": 0}, "expected it on cuda:0"),
-        ({}, "expected a contiguous array"),
-    ],
-    ids=str,
-)
-def test_what_is_not_is_described_with_what_would_be_right(
-    wanted: dict[str, Any], reason: str
-) -> None:
-    seen = view(np.zeros((8, 4), np.float16)[:, :2], "x")
-    with pytest.raises(ArgumentError, match=reason) as caught:
-        require(seen, "x", **wanted)
-    assert str(caught.value).startswith("x is float16 [8, 2] on cpu, strides [4, 1]")
-
-
-def test_alignment_is_of_the_address() -> None:
-    seen = view(np.zeros(65, np.uint8)[1:], "q")
-    with pytest.raises(ArgumentError, match="expected a multiple of 16"):
-        require(seen, "q", alignment=16 if seen.address % 16 else 32 * seen.address)
-    require(seen, "q", alignment=1)
+# ---- empty, to_host ----
 
 
 def test_empty_is_of_the_same_framework(torch: Any) -> None:
@@ -799,9 +765,7 @@ def test_a_capture_that_fails_leaves_no_graph(fake: FakeDriver) -> None:
 @pytest.mark.usefixtures("fake")
 def test_arrays_move_to_the_gpu_and_back() -> None:
     array = np.arange(6, dtype=np.float16).reshape(2, 3)
-    made = to_device(array, 0)
-    assert isinstance(made, DeviceArray)
-    assert to_device(made, 0) is made
+    made = DeviceArray.from_numpy(array)
     assert np.array_equal(to_host(made), array)
     for part in (array[:, ::2], array[::-1], array.T[::-1, ::-1], array[:0]):
         assert np.array_equal(to_host(Cuda(part)), part)
@@ -904,7 +868,7 @@ def test_without_a_driver_the_first_use_says_what_to_do(monkeypatch: pytest.Monk
         driver.driver_version,
         lambda: DeviceArray(3),
         lambda: view(Cuda(np.zeros(3)), "x"),
-        lambda: to_device(np.zeros(3), 0),
+        lambda: DeviceArray.from_numpy(np.zeros(3)),
     ):
         with pytest.raises(DeviceError, match=r"there is no NVIDIA driver here: .*install one"):
             use()

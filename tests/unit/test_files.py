@@ -245,11 +245,9 @@ def test_a_digest_of_files_does_not_depend_on_their_order(digests: dict[str, str
         *("a\0b", "..\\a", "C:\\a", "a\nb", "\ud800", "a\x7fb"),
     ],
 )
-def test_a_path_that_leads_outside_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_path_that_leads_outside_is_refused(text: str) -> None:
     with pytest.raises(PathError, match="outside its folder"):
         files.relative_inside(text, what="path")
-    with pytest.raises(PathError):
-        files.resolve_inside(tmp_path, text, what="path")
 
 
 PATHS = st.one_of(
@@ -276,22 +274,19 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path, link: str) -> None
     root = tmp_path / "root"
     (root / "inside").mkdir(parents=True)
     (root / "link").symlink_to(link)
-    with pytest.raises(PathError, match="link that leads outside"):
-        files.resolve_inside(root, "link/passwd", what="path")
+    assert not files.stays_inside(root, root / "link" / "passwd")
 
 
 def test_a_link_that_stays_inside_is_followed(tmp_path: Path) -> None:
     (tmp_path / "inside").mkdir()
     (tmp_path / "link").symlink_to("inside")
-    place = files.resolve_inside(tmp_path, "link/file", what="path")
-    assert place == tmp_path / "link" / "file"
+    assert files.stays_inside(tmp_path, tmp_path / "link" / "file")
 
 
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(PathError):
-        files.resolve_inside(tmp_path, "a/file", what="path")
+    assert not files.stays_inside(tmp_path, tmp_path / "a" / "file")
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path: Path) -> None:

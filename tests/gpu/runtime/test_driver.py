@@ -37,7 +37,6 @@ def test_the_driver_describes_the_gpu_as_torch_and_the_library_do() -> None:
     assert driver.driver_version() == LIBRARY.device(DEVICE).driver_version
     assert driver.clock_khz(DEVICE) > 100_000
     assert driver.memory_clock_khz(DEVICE) > 100_000
-    assert driver.memory_bus_bits(DEVICE) >= 64
     assert driver.compute_mode(DEVICE) in ("default", "exclusive")
 
 
