@@ -24,6 +24,8 @@ class Undefined:
     weak: bool
     library: str
     """The needed library that its symbol version names; empty for one without a version."""
+    version: str = ""
+    """That version, ``GLIBC_2.34`` say; empty likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +74,12 @@ def _facts(elf: Any, size: int) -> ElfFacts:
                 if not symbol.name or bind == "STB_LOCAL":
                     continue
                 if symbol["st_shndx"] == "SHN_UNDEF":
+                    library, version = versions.get(index, ("", ""))
                     undefined[symbol.name] = Undefined(
-                        name=symbol.name, weak=bind == "STB_WEAK", library=versions.get(index, "")
+                        name=symbol.name,
+                        weak=bind == "STB_WEAK",
+                        library=library,
+                        version=version,
                     )
                 elif symbol["st_shndx"] == "SHN_ABS" and symbol["st_size"] == 0:
                     continue  # the name of a version, not of anything that can be called
@@ -90,21 +96,21 @@ def _facts(elf: Any, size: int) -> ElfFacts:
     )
 
 
-def _needed_versions(elf: Any) -> dict[int, str]:
-    """Index in ``.dynsym`` → the library that the symbol's version comes from."""
-    libraries: dict[int, str] = {}
+def _needed_versions(elf: Any) -> dict[int, tuple[str, str]]:
+    """Index in ``.dynsym`` → the library that the symbol's version comes from, and the version."""
+    versions: dict[int, tuple[str, str]] = {}
     for section in elf.iter_sections():
         if isinstance(section, GNUVerNeedSection):
             for need, auxiliaries in section.iter_versions():
                 for auxiliary in auxiliaries:
-                    libraries[auxiliary["vna_other"]] = need.name or ""
-    found: dict[int, str] = {}
+                    versions[auxiliary["vna_other"]] = need.name or "", auxiliary.name
+    found: dict[int, tuple[str, str]] = {}
     for section in elf.iter_sections():
         if isinstance(section, GNUVerSymSection):
             for index in range(section.num_symbols()):
                 version = section.get_symbol(index)["ndx"]
-                if isinstance(version, int) and version & 0x7FFF in libraries:
-                    found[index] = libraries[version & 0x7FFF]
+                if isinstance(version, int) and version & 0x7FFF in versions:
+                    found[index] = versions[version & 0x7FFF]
     return found
 
 

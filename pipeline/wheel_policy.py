@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elftools.elf.elffile import ELFFile
-from elftools.elf.gnuversions import GNUVerNeedSection
 from packaging.version import InvalidVersion, Version
 
+from pipeline.elf import read_elf
 from pipeline.errors import WheelError
 from pipeline.process import CommandError, Printer, run
 
@@ -80,21 +79,9 @@ def _reasons(found: Mapping[str, Any], library: Path) -> list[str]:
 def newest_needs(library: Path) -> list[Need]:
     """For each system library, and each of its interfaces, the newest version asked for."""
     by_version: dict[tuple[str, str], list[str]] = {}
-    with library.open("rb") as stream:
-        elf: Any = ELFFile(stream)
-        versions = {
-            auxiliary["vna_other"]: (str(need.name), str(auxiliary.name))
-            for section in elf.iter_sections()
-            if isinstance(section, GNUVerNeedSection)
-            for need, auxiliaries in section.iter_versions()
-            for auxiliary in auxiliaries
-        }
-        indices, names = (elf.get_section_by_name(name) for name in (".gnu.version", ".dynsym"))
-        for position in range(indices.num_symbols() if indices is not None else 0):
-            index = indices.get_symbol(position)["ndx"]
-            if isinstance(index, int) and index & 0x7FFF in versions:
-                key = versions[index & 0x7FFF]
-                by_version.setdefault(key, []).append(names.get_symbol(position).name)
+    for symbol in read_elf(library).undefined:
+        if symbol.version:
+            by_version.setdefault((symbol.library, symbol.version), []).append(symbol.name)
     newest: dict[tuple[str, str], tuple[str, str]] = {}
     for name, version in by_version:
         family = (name, version.rpartition("_")[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from w4a16.arrays import View
 from w4a16.errors import ArgumentError
 
 K_MULTIPLE = 64
@@ -20,6 +21,10 @@ class Argument(NamedTuple):
     shape: Sequence[int]
     device: str
     contiguous: bool = True
+
+    @classmethod
+    def of(cls, name: str, view: View) -> Argument:
+        return cls(name, view.dtype, view.shape, view.device_name, view.contiguous)
 
     def __str__(self) -> str:
         gaps = "" if self.contiguous else ", not contiguous"

@@ -267,7 +267,9 @@ def _of_cuda(value: object, interface: Any, name: str) -> View:
     return View(
         address=address,
         shape=shape,
-        strides=_dense(shape) if strides is None else _in_elements(strides, kind.itemsize, name),
+        strides=dense_strides(shape)
+        if strides is None
+        else _in_elements(strides, kind.itemsize, name),
         dtype=kind.name,
         device=_device_of(address, shape, given),
         framework="other",
@@ -289,7 +291,7 @@ def _device_of(address: int, shape: tuple[int, ...], given: str) -> int:
     return device
 
 
-def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a contiguous array."""
     strides: list[int] = []
     step = 1
@@ -405,7 +407,7 @@ def _of_capsule(capsule: object, owner: object, name: str, ready: int | None) ->
     _check_device_type(device_type, given)
     dtype = _dlpack_dtype(tensor, given)
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
-    strides = _dense(shape)
+    strides = dense_strides(shape)
     if tensor.strides:
         strides = tuple(tensor.strides[i] for i in range(tensor.ndim))
     on_gpu = device_type in (_CUDA, _CUDA_MANAGED)
@@ -629,7 +631,7 @@ class DeviceArray:
         return View(
             address=self._address,
             shape=self._shape,
-            strides=_dense(self._shape),
+            strides=dense_strides(self._shape),
             dtype=self._dtype.name,
             device=self.device,
             framework="device",

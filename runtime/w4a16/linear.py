@@ -77,15 +77,15 @@ def _linear(x: Any, weight: PackedWeight, tactic: int, out: Any, stream: int | N
     }
     target = None if out is None else arrays.view(out, "out", stream=a.stream, writable=True)
     check_linear(
-        x=_argument("x", a),
-        packed=_argument("packed", operands["packed"]),
-        scales=_argument("scales", operands["scales"]),
+        x=Argument.of("x", a),
+        packed=Argument.of("packed", operands["packed"]),
+        scales=Argument.of("scales", operands["scales"]),
         zeros=_optional("zeros", operands),
         columns=_optional("columns", operands),
         bias=_optional("bias", operands),
         in_features=weight.in_features,
         out_features=weight.out_features,
-        out=None if target is None else _argument("out", target),
+        out=None if target is None else Argument.of("out", target),
     )
     if a.device < 0:
         return _reference(x, a, weight, out)
@@ -231,8 +231,4 @@ def _reference(x: Any, a: View, weight: PackedWeight, out: Any) -> Any:
 
 
 def _optional(name: str, views: dict[str, View]) -> Argument | None:
-    return _argument(name, views[name]) if name in views else None
-
-
-def _argument(name: str, view: View) -> Argument:
-    return Argument(name, view.dtype, view.shape, view.device_name, view.contiguous)
+    return Argument.of(name, views[name]) if name in views else None

@@ -369,10 +369,7 @@ def _opened(packed: PackedWeight) -> tuple[Place, dict[str, View]]:
     """Raises :class:`w4a16.ArgumentError` for arrays that are no packed weight."""
     require_packed(packed)
     views = {name: arrays.view(array, name) for name, array in packed.arrays().items()}
-    described = {
-        name: Argument(name, view.dtype, view.shape, view.device_name, view.contiguous)
-        for name, view in views.items()
-    }
+    described = {name: Argument.of(name, view) for name, view in views.items()}
     check_weight(
         described["packed"],
         described["scales"],

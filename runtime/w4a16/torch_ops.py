@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from w4a16.arguments import Argument, check_linear, check_weight
+from w4a16.arrays import dense_strides
 from w4a16.errors import ArgumentError, W4A16Error
 from w4a16.library import AUTO, LIBRARY, Problem, QuantOp
 from w4a16.packed import PackedWeight
@@ -54,7 +55,6 @@ _SCHEMAS = {
 # Bound once: each of these is looked up in every launch.
 _HALF = torch.float16
 _BYTE = torch.uint8
-_INT32 = torch.int32
 _PER_COLUMN = int(QuantOp.PER_COLUMN)
 _GROUP_SCALE = int(QuantOp.GROUP_SCALE)
 _GROUP_SCALE_ZERO = int(QuantOp.GROUP_SCALE_ZERO)
@@ -177,6 +177,7 @@ class _Checked:
         bias: Tensor | None,
         in_features: int,
         out_features: int,
+        addresses: tuple[int, int, int, int, int],
     ) -> None:
         """Arguments that are right."""
         self.scales = scales
@@ -187,7 +188,7 @@ class _Checked:
         self.out_given = out_features
         self.bytes = packed.numel()
         self.scale_count = scales.numel()
-        self.addresses = _addresses(packed, scales, zeros, columns, bias)
+        self.addresses = addresses
         self.device = packed.get_device()
         self.n = packed.shape[0]
         self.k = packed.shape[1] * 2
@@ -205,22 +206,6 @@ class _Checked:
         return OrderedDict, ()
 
 
-def _addresses(
-    packed: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[int, int, int, int, int]:
-    return (
-        packed.data_ptr(),
-        scales.data_ptr(),
-        0 if zeros is None else zeros.data_ptr(),
-        0 if columns is None else columns.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-    )
-
-
 def _linear_cuda(
     x: Tensor,
     packed: Tensor,
@@ -231,7 +216,9 @@ def _linear_cuda(
     in_features: int = 0,
     out_features: int = 0,
     tactic: int = -1,
+    target: Tensor | None = None,
 ) -> Tensor:
+    """``target`` [..., n] receives the product in place of a tensor made here."""
     weight = getattr(packed, "_w4a16", None)
     addresses = (
         packed.data_ptr(),
@@ -254,7 +241,9 @@ def _linear_cuda(
     ):
         sizes = _sizes(packed, in_features, out_features)
         _check(x, packed, scales, zeros, columns, bias, *sizes)
-        weight = _Checked(packed, scales, zeros, columns, bias, in_features, out_features)
+        weight = _Checked(
+            packed, scales, zeros, columns, bias, in_features, out_features, addresses
+        )
         packed._w4a16 = weight
     shape = x.shape
     device = weight.device
@@ -269,25 +258,19 @@ def _linear_cuda(
     if _current_device() != device:
         with torch.cuda.device(device):
             return _linear_cuda(
-                *(x, packed, scales, zeros, columns, bias, in_features, out_features, tactic)
+                *(x, packed, scales, zeros, columns, bias, in_features, out_features, tactic),
+                target,
             )
     n = weight.n
-    if len(shape) == 2:
+    if target is not None:
+        out = target
+    elif len(shape) == 2:
         out = _empty_cuda((shape[0], n), (n, 1), _HALF)
     else:
-        out = _empty_cuda((*shape[:-1], n), _strides((*shape[:-1], n)), _HALF)
-    _launch(x, weight, addresses, out, tactic)
+        size = (*shape[:-1], n)
+        out = _empty_cuda(size, dense_strides(size), _HALF)
+    _launch(x, weight, out, tactic)
     return out if n == weight.out_features else out[..., : weight.out_features]
-
-
-def _strides(shape: Sequence[int]) -> list[int]:
-    """Of a contiguous tensor."""
-    strides = []
-    step = 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= extent or 1
-    return strides[::-1]
 
 
 def _linear_out_cuda(
@@ -304,22 +287,19 @@ def _linear_out_cuda(
 ) -> None:
     in_features, out_features = _sizes(packed, in_features, out_features)
     _check(x, packed, scales, zeros, columns, bias, in_features, out_features, out)
-    weight = _Checked(packed, scales, zeros, columns, bias, in_features, out_features)
-    direct = weight.n == weight.out_features and out.data_ptr() % 16 == 0
-    target = out if direct else x.new_empty((*x.shape[:-1], weight.n))
-    if _current_device() == weight.device:
-        _launch(x, weight, weight.addresses, target, tactic)
-    else:
-        with torch.cuda.device(weight.device):
-            _launch(x, weight, weight.addresses, target, tactic)
+    n = packed.shape[0]
+    direct = n == out_features and out.data_ptr() % 16 == 0
+    target = out if direct else x.new_empty((*x.shape[:-1], n))
+    found = _linear_cuda(
+        *(x, packed, scales, zeros, columns, bias, in_features, out_features, tactic), target
+    )
     if not direct:
-        out.copy_(target[..., : weight.out_features])
+        out.copy_(found)
 
 
 def _launch(
     x: Tensor,
     weight: _Checked,
-    addresses: tuple[int, int, int, int, int],
     out: Tensor,
     tactic: int,
 ) -> None:
@@ -332,7 +312,7 @@ def _launch(
         x = x.contiguous()
     device, n, k = weight.device, weight.n, weight.k
     quant_op, group_size = weight.quant_op, weight.group_size
-    packed, scales, zeros, columns, bias = addresses
+    packed, scales, zeros, columns, bias = weight.addresses
     if weight.bias is not None and weight.bias.shape[0] != n:
         padded = torch.nn.functional.pad(weight.bias, (0, n - weight.out_features))
         bias = padded.data_ptr()

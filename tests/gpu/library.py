@@ -445,6 +445,14 @@ def find_library() -> Path:
     return found
 
 
+def point_package_at_library() -> None:
+    """For the Python package, which loads its library when it is imported: here, where
+    ``pyproject.toml`` names its folder, and in processes that tests start."""
+    os.environ["W4A16_LIBRARY"] = str(find_library())
+    folders = [str(ROOT / "runtime"), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
+
+
 def find_manifest(library: Path) -> dict[str, Any] | None:
     """The ``manifest.json`` of the run that built the library: ``W4A16_MANIFEST``, or above it."""
     given = os.environ.get("W4A16_MANIFEST")

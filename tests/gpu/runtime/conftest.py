@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-from tests.gpu.library import ROOT, LibraryNotFoundError, find_library
+from tests.gpu.library import LibraryNotFoundError, point_package_at_library
 
-# For processes that tests start; for this one, pyproject.toml names it.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT / "runtime"), os.environ.get("PYTHONPATH")])
-)
-
-# Before anything imports the package: it loads the library.
 try:
-    os.environ["W4A16_LIBRARY"] = str(find_library())
+    point_package_at_library()
 except LibraryNotFoundError:
     collect_ignore_glob = ["test_*.py"]  # tests/gpu says why there is no library
 
