@@ -12,6 +12,10 @@ K_MULTIPLE = 64
 N_MULTIPLE = 8
 
 
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
 class Argument(NamedTuple):
     """An array as far as it is checked, whatever framework it comes from."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from w4a16.errors import FormatError, W4A16Error
-from w4a16.files import read_json
+from w4a16.files import json_object, read_json
 from w4a16.formats import awq, compressed_tensors, gptq
 from w4a16.formats.config import LayerConfig, QuantizationConfig
 from w4a16.formats.order import extent
@@ -291,7 +291,7 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
             for section in SECTIONS:
                 found = outer.get(section) if isinstance(outer, Mapping) else None
                 if found is not None:
-                    return config, _expect_object(found, f"{path / CONFIG}: {section}")
+                    return config, json_object(found, f"{path / CONFIG}: {section}")
     for name in LEGACY_CONFIGS:
         if (path / name).exists():
             return config, _object(path / name)
@@ -304,13 +304,7 @@ def _configuration(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _object(path: Path) -> Mapping[str, Any]:
-    return _expect_object(read_json(path), str(path))
-
-
-def _expect_object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(f"{where} is no JSON object")
-    return value
+    return json_object(read_json(path), str(path))
 
 
 # ---- Shards ----
@@ -349,8 +343,8 @@ def _shards(path: Path) -> tuple[list[str], Mapping[str, str] | None]:
 
 
 def _index(path: Path) -> Mapping[str, str]:
-    content = _expect_object(read_json(path, limit=_LARGEST_INDEX, unique=True), str(path))
-    index = _expect_object(content.get("weight_map"), f"{path}: weight_map")
+    content = json_object(read_json(path, limit=_LARGEST_INDEX, unique=True), str(path))
+    index = json_object(content.get("weight_map"), f"{path}: weight_map")
     if not index:
         raise FormatError(f"{path}: weight_map is empty")
     for tensor, name in index.items():

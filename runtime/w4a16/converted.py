@@ -19,7 +19,7 @@ from typing import Any
 from w4a16.arguments import K_MULTIPLE, N_MULTIPLE
 from w4a16.checkpoint import MANIFEST
 from w4a16.errors import FormatError
-from w4a16.files import read_json, sha256_file
+from w4a16.files import json_object, read_json, sha256_file
 from w4a16.library import QuantOp
 from w4a16.packed import PackedWeight
 from w4a16.safetensors import Entry, SafetensorsFile
@@ -87,7 +87,7 @@ class ConvertedLayer:
     @classmethod
     def from_json(cls, value: Any, where: str) -> ConvertedLayer:
         """Raises :class:`w4a16.FormatError` for what is no layer."""
-        keys = _object(value, where)
+        keys = json_object(value, where)
         file = _get(keys, "file", str, where)
         if file != Path(file).name:
             raise FormatError(f"{where}: file is {file!r:.120}: expected a name without a folder")
@@ -142,7 +142,7 @@ class FileRecord:
     @classmethod
     def from_json(cls, value: Any, where: str) -> FileRecord:
         """Raises :class:`w4a16.FormatError`."""
-        keys = _object(value, where)
+        keys = json_object(value, where)
         mtime = keys.get("mtime_ns")
         return cls(
             bytes=_get(keys, "bytes", int, where),
@@ -194,7 +194,7 @@ class Manifest:
                 f"{directory} has no {MANIFEST}: expected a folder made by w4a16 convert"
             )
         where = str(path)
-        keys = _object(read_json(path, limit=_LARGEST_MANIFEST), where)
+        keys = json_object(read_json(path, limit=_LARGEST_MANIFEST), where)
         if keys.get("format") != FORMAT:
             raise FormatError(f"{where} is no manifest of w4a16 convert")
         version, layout = keys.get("format_version"), keys.get("layout")
@@ -205,10 +205,10 @@ class Manifest:
             )
         if layout != LAYOUT:
             raise FormatError(f"{where} has the layout {layout!r:.40}: expected {LAYOUT!r}")
-        source = _object(keys.get("source"), f"{where}: source")
-        files = _object(keys.get("files"), f"{where}: files")
-        layers = _object(keys.get("layers"), f"{where}: layers")
-        inputs = _object(source.get("files"), f"{where}: source.files")
+        source = json_object(keys.get("source"), f"{where}: source")
+        files = json_object(keys.get("files"), f"{where}: files")
+        layers = json_object(keys.get("layers"), f"{where}: layers")
+        inputs = json_object(source.get("files"), f"{where}: source.files")
         return cls(
             package_version=_get(keys, "package_version", str, where),
             library_digest=_get(keys, "library_digest", str, where),
@@ -222,7 +222,7 @@ class Manifest:
                 for name, value in files.items()
             },
             source_method=_get(source, "method", str, where),
-            source_config=_object(source.get("quantization_config"), f"{where}: source"),
+            source_config=json_object(source.get("quantization_config"), f"{where}: source"),
             source_files={
                 name: FileRecord.from_json(value, f"{where}: {name:.200}")
                 for name, value in inputs.items()
@@ -356,12 +356,6 @@ def open_converted(directory: str | Path) -> Converted:
 def is_converted(directory: str | Path) -> bool:
     """Whether ``w4a16 convert`` made the folder, by its looks."""
     return (Path(directory) / MANIFEST).is_file()
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise FormatError(f"{where} is no JSON object")
-    return value
 
 
 def _get(keys: Mapping[str, Any], name: str, kind: type, where: str) -> Any:

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,13 @@ def read_json(path: Path, *, limit: int = 16 << 20, unique: bool = False) -> Any
     if len(data) > limit:
         raise FormatError(f"{path} is larger than {limit} bytes")
     return parse_json(data, str(path), unique=unique)
+
+
+def json_object(value: Any, where: str) -> Mapping[str, Any]:
+    """``value``, if it is a JSON object; otherwise raises :class:`w4a16.FormatError`."""
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} is no JSON object")
+    return value
 
 
 def dump_json(value: object) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from w4a16 import arrays, driver
-from w4a16.arguments import Argument, check_linear
+from w4a16.arguments import Argument, check_linear, round_up
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError
 from w4a16.library import LIBRARY, Problem
@@ -179,7 +179,7 @@ class _Memory:
 
     def reserve(self, size: int) -> int:
         start = self.size
-        self.size += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.size += round_up(size, _ALIGNMENT)
         return start
 
 

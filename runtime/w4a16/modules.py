@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from w4a16 import packing
-from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight
+from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight, round_up
 from w4a16.errors import ArgumentError
 from w4a16.formats.config import ZeroPoints
 from w4a16.packed import PackedWeight, require_packed
@@ -102,8 +102,8 @@ class W4A16Linear(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{size} is {value!r}: expected an integer from 1 up")
         unit = math.lcm(K_MULTIPLE, group_size) if group_size > 0 else K_MULTIPLE
-        k = -(-in_features // unit) * unit if k is None else k
-        n = -(-out_features // N_MULTIPLE) * N_MULTIPLE if n is None else n
+        k = round_up(in_features, unit) if k is None else k
+        n = round_up(out_features, N_MULTIPLE) if n is None else n
         groups = (k // group_size, n) if group_size > 0 else (1, n)
         shapes: dict[str, tuple[int, ...]] = {"packed": (n, k // 2), "scales": groups}
         if zeros:

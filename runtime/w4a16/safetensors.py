@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from w4a16.arguments import round_up
 from w4a16.errors import ArgumentError, FormatError
 from w4a16.files import open_regular, output_error, parse_json, sync_folder, temporary_name
 
@@ -469,7 +470,7 @@ def write(
         begin, end = end, end + nbytes_of(dtype, shape)
         entries[name] = (dtype, tuple(shape), begin, end)
     header = _header(entries, _checked_metadata(metadata))
-    with Writer(path, reserve=_rounded(len(header), 8), metadata=metadata) as writer:
+    with Writer(path, reserve=round_up(len(header), 8), metadata=metadata) as writer:
         for name, (dtype, shape, data) in ordered:
             writer.add(name, dtype, shape, data)
         return writer.finish()
@@ -484,7 +485,7 @@ def header_bound(
     end = sum(nbytes_of(dtype, shape) for _, dtype, shape in listed)
     entries = {name: (dtype, tuple(shape), end, end) for name, dtype, shape in listed}
     length = len(_header(entries, _checked_metadata(metadata)))
-    return _rounded(_LENGTH_BYTES + length, _ALIGNMENT) - _LENGTH_BYTES
+    return round_up(_LENGTH_BYTES + length, _ALIGNMENT) - _LENGTH_BYTES
 
 
 def alignment_order(dtype: str) -> int:
@@ -522,7 +523,3 @@ def _is_bytes(data: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _rounded(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from w4a16 import driver
+from w4a16.arguments import round_up
 from w4a16.errors import DeviceError
 from w4a16.library import LIBRARY, Problem, QuantOp
 from w4a16.tables import Case
@@ -322,7 +323,7 @@ class Timer:
 
 
 def _aligned(size: int) -> int:
-    return max(-(-size // _ALIGNMENT) * _ALIGNMENT, _ALIGNMENT)
+    return max(round_up(size, _ALIGNMENT), _ALIGNMENT)
 
 
 def _column_blocks(n: int) -> tuple[int, ...]:

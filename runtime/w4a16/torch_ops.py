@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w4a16.arguments import Argument, check_linear, check_weight
+from w4a16.arguments import Argument, check_linear, check_weight, round_up
 from w4a16.arrays import dense_strides
 from w4a16.errors import ArgumentError, W4A16Error
 from w4a16.library import AUTO, LIBRARY, Problem, QuantOp
@@ -324,7 +324,7 @@ def _launch(
     a = x.data_ptr()
     workspace = 0
     if columns:
-        gathered = -(-m * k * 2 // _ALIGNMENT) * _ALIGNMENT
+        gathered = round_up(m * k * 2, _ALIGNMENT)
         memory = _empty_cuda((gathered + size,), (1,), _BYTE)
         moved = memory.data_ptr()
         inputs = weight.in_features

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from w4a16.arguments import K_MULTIPLE, N_MULTIPLE
+from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, round_up
 from w4a16.errors import FormatError
 
 
@@ -63,10 +63,6 @@ def extent(
         columns = np.full(k, -1, np.int32)
         columns[:in_features] = np.arange(in_features, dtype=np.int32)
     return Extent(k=k, n=n, groups=1 if groups == 1 else k // group_size, columns=columns)
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _sorted_rows(g_idx: Any, name: str, groups: int, group_size: int, notes: list[str]) -> Any:
