@@ -63,6 +63,8 @@ def extract(
             f"select: {len(found.selected)} instantiations kept, {len(found.dropped)} dropped, "
             f"{len(found.ignored)} files ignored; {kernels} GEMV kernels"
             + (f" ({found.gemv.reason})" if found.gemv.reason else "")
+            + f"; {len(found.decode.selected)} decode tactics"
+            + (f" ({found.decode.reason})" if found.decode.reason else "")
         )
         return found
 
@@ -147,7 +149,7 @@ def _require_same_profile(run: Run) -> None:
     """The bundle was rendered from a profile; another one needs another bundle."""
     made_from = manifest.read(run.run_dir)["profile"]
     asked = run.profile.model_dump(mode="json", by_alias=True)
-    baked_in = ("name", "architecture", "activation", "weight", "gemm", "gemv")
+    baked_in = ("name", "architecture", "activation", "weight", "gemm", "gemv", "decode")
     changed = [key for key in baked_in if made_from.get(key) != asked[key]]
     if made_from["build"]["compress"] != asked["build"]["compress"]:
         changed.append("build.compress")

@@ -54,6 +54,17 @@ def extracted(
             "dropped": [_dropped(entry) for entry in selection.gemv.dropped],
             "reason": selection.gemv.reason,
         },
+        "decode": {
+            "selected": [
+                {
+                    "name": tactic.name,
+                    **asdict(tactic),
+                    "kernels": [asdict(kernel) for kernel in tactic.kernels],
+                }
+                for tactic in selection.decode.selected
+            ],
+            "reason": selection.decode.reason,
+        },
         "vendored": [asdict(file) for file in closure.files],
         "shims": list(closure.shims),
         "bundle": {"digest": bundle.digest, "files": len(bundle.files)},

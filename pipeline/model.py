@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pipeline.decode import Decode
+
 QuantOp = Literal["per_column", "group_scale", "group_scale_zero"]
 QUANT_OPS: tuple[QuantOp, ...] = ("per_column", "group_scale", "group_scale_zero")
 #: Short forms used in file names and C identifiers.
@@ -168,6 +170,7 @@ class Selection:
     ignored: tuple[Dropped, ...]
     """Generated files that hold no mixed-input GEMM (grouped kernels), with the reason."""
     gemv: Gemv
+    decode: Decode = field(default_factory=Decode)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pipeline.errors import ResourceError
 from pipeline.model import Selection
 
-Kind = Literal["gemm", "gemv", "wrapper", "cuda", "cxx"]
+Kind = Literal["gemm", "gemv", "wrapper", "decode", "cuda", "cxx"]
 GB = 1_000_000_000
 
 #: The bundle's object libraries whose sources may be compiled together.
@@ -24,7 +24,17 @@ UNITY_TARGETS: dict[Kind, str] = {
 }
 
 #: The order of the bundle's targets, which is the order in which Ninja starts them.
-_ORDER: dict[Kind, int] = {"cxx": 0, "cuda": 1, "gemm": 2, "wrapper": 3, "gemv": 4}
+_ORDER: dict[Kind, int] = {
+    "cxx": 0,
+    "cuda": 1,
+    "decode": 2,
+    "gemm": 3,
+    "wrapper": 4,
+    "gemv": 5,
+}
+
+#: A unit of its own for each source.
+_ALONE: tuple[Kind, ...] = ("decode", "cuda", "cxx")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +82,14 @@ class Costs:
         first_bytes=300_000_000,
         kernel_bytes=2_000_000,
     )
+    # A tactic with 6 decode kernels 2.1 to 2.9 s, with 2 of them 1.6 s.
+    decode: KindCosts = KindCosts(
+        fixed_seconds=1.2,
+        kernel_seconds=0.2,
+        sharing_seconds=0,
+        first_bytes=300_000_000,
+        kernel_bytes=5_000_000,
+    )
     # Upstream's runner 16 s and 0.9 GB: the dearest other CUDA source seen.
     cuda: KindCosts = KindCosts(
         fixed_seconds=9,
@@ -100,6 +118,7 @@ class Costs:
             "gemm": self.gemm,
             "gemv": self.gemv,
             "wrapper": self.wrapper,
+            "decode": self.decode,
             "cuda": self.cuda,
             "cxx": self.cxx,
         }
@@ -178,6 +197,7 @@ def members_of(selection: Selection, bundle_files: Iterable[str]) -> tuple[Membe
     """
     gemm = {kernel.ident: kernel for kernel in selection.selected}
     gemv = {family.ident: family for family in selection.gemv.selected}
+    decode = {tactic.ident: tactic for tactic in selection.decode.selected}
     members = []
     for text in sorted(bundle_files):
         path = PurePosixPath(text)
@@ -189,6 +209,9 @@ def members_of(selection: Selection, bundle_files: Iterable[str]) -> tuple[Membe
         elif path.suffix == ".cu" and path.stem in gemv:
             count = len(gemv[path.stem].kernels)
             members.append(Member(path=text, kind="gemv", kernels=count))
+        elif path.suffix == ".cu" and path.stem in decode:
+            count = len(decode[path.stem].kernels)
+            members.append(Member(path=text, kind="decode", kernels=count))
         elif path.suffix == ".cu":
             members.append(Member(path=text, kind="cuda"))
         elif path.suffix in (".cpp", ".cc", ".cxx", ".c"):
@@ -389,7 +412,7 @@ def _best(atoms: Sequence[_Atom], most_jobs: int, memory_bytes: int, costs: Cost
     gemm = [atom for atom in atoms if atom[0].kind == "gemm"]
     gemv = [atom for atom in atoms if atom[0].kind == "gemv"]
     wrappers = [atom for atom in atoms if atom[0].kind == "wrapper"]
-    rest = _alone((atom for atom in atoms if atom[0].kind in ("cuda", "cxx")), costs)
+    rest = _alone((atom for atom in atoms if atom[0].kind in _ALONE), costs)
     # Headers are nearly all that a wrapper costs: one unit, which a change compiles in seconds.
     rest += _balanced("wrapper", wrappers, 1, costs) if wrappers else []
     candidates = []
@@ -436,5 +459,5 @@ def _kept(
         if group:
             number = next(n for n in range(len(names) + 1) if f"{kind}_{n:02}" not in names)
             units.append(_unit(f"{kind}_{number:02}", group, costs))
-    units += _alone((atom for atom in added if atom[0].kind in ("cuda", "cxx")), costs, names)
+    units += _alone((atom for atom in added if atom[0].kind in _ALONE), costs, names)
     return _finished(units, most_jobs, memory_bytes, costs)

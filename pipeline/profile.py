@@ -106,6 +106,68 @@ class GemvChoice(Model):
         return _without_repeats(value)
 
 
+class NarrowChoice(Model):
+    """A decode kernel that multiplies with mma.sync."""
+
+    rows: int = Field(ge=16, le=256)
+    """Columns of W that a CTA computes."""
+    tokens: Literal[8, 16]
+    """Rows of activations that a CTA computes."""
+    row_groups: Literal[1, 2, 4] = 1
+    """Groups of warps that share the rows."""
+    ctas_per_sm: Literal[1, 2] = 1
+
+    @model_validator(mode="after")
+    def _whole_tiles(self) -> NarrowChoice:
+        unit = 16 * self.row_groups
+        if self.rows % unit:
+            raise ValueError(
+                f"rows {self.rows} with {self.row_groups} row_groups: not a multiple of {unit}"
+            )
+        return self
+
+
+class WideChoice(Model):
+    """A decode kernel that multiplies with wgmma."""
+
+    rows: Literal[64, 128, 192, 256]
+    tokens: Literal[8, 16, 32, 64, 128]
+    sets: int = Field(default=1, ge=1, le=4)
+    """Of warpgroups with the same rows, which take parts of K in turn."""
+    buffers: Literal[2, 4] = 2
+    """Of operands in registers."""
+    ctas_per_sm: Literal[1, 2] = 1
+    cluster: Literal[1, 2, 4, 8] = 1
+    """CTAs that share K."""
+
+    @model_validator(mode="after")
+    def _threads(self) -> WideChoice:
+        if self.rows // 64 * self.sets > 7:
+            raise ValueError(
+                f"{self.sets} sets of {self.rows} rows are {self.rows // 64 * self.sets} "
+                "warpgroups, and a CTA has at most 7 beside its copying warps"
+            )
+        return self
+
+
+class DecodeChoice(Model):
+    """This project's own kernels for few tokens; each entry is one tactic."""
+
+    narrow: tuple[NarrowChoice, ...] = ()
+    wide: tuple[WideChoice, ...] = ()
+
+    @field_validator("narrow", "wide")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _without_repeats(value)
+
+    @model_validator(mode="after")
+    def _some(self) -> DecodeChoice:
+        if not self.narrow and not self.wide:
+            raise ValueError("name at least one configuration, or leave the section out")
+        return self
+
+
 class BuildChoice(Model):
     compress: Literal["size", "speed", "balance", "default", "none"] = "size"
     static: bool = True
@@ -118,6 +180,8 @@ class Gates(Model):
     library_bytes: int = Field(default=5_000_000, gt=0)
     spill_bytes: int = Field(default=0, ge=0)
     gemm_sass: tuple[str, ...] = ("HGMMA", "UTMALDG")
+    narrow_sass: tuple[str, ...] = ("HMMA", "UTMALDG")
+    wide_sass: tuple[str, ...] = ("HGMMA", "UTMALDG")
 
 
 class Profile(Model):
@@ -128,6 +192,7 @@ class Profile(Model):
     weight: Weight = "int4"
     gemm: Gemm = Field(default_factory=Gemm)
     gemv: GemvChoice | None = None
+    decode: DecodeChoice | None = None
     build: BuildChoice = Field(default_factory=BuildChoice)
     gates: Gates = Field(default_factory=Gates)
 

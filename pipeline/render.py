@@ -58,6 +58,7 @@ def context(
         "gemm": selection.selected,
         "gemv": selection.gemv.selected,
         "gemv_reason": selection.gemv.reason,
+        "decode": selection.decode.selected,
         "tactics": [{"name": name, "kernels": kernels} for name, kernels in tactics.items()],
         "include_dirs": vendor.include_dirs(facts),
         "sources": closure.sources,
@@ -155,6 +156,8 @@ def rendered(values: Mapping[str, Any], selection: Selection) -> dict[str, bytes
         render("gemm_wrapper.cu.j2", f"src/wrappers/{kernel.ident}.cu", kernel=kernel)
     for family in selection.gemv.selected:
         render("gemv_unit.cu.j2", f"src/gemv/{family.ident}.cu", family=family)
+    for tactic in selection.decode.selected:
+        render("decode_unit.cu.j2", f"src/decode/{tactic.ident}.cu", tactic=tactic)
     return files
 
 

@@ -318,6 +318,15 @@ def gemv_key(name: str) -> GemvKey | None:
     )
 
 
+_DECODE = re.compile(r"\bw4a16::decode::(?:narrow|wide)_kernel<w4a16::decode::(\w+)>")
+
+
+def decode_key(name: str) -> str | None:
+    """What tells this project's decode kernels apart (``DecodeKernel.ident``); None for others."""
+    match = _DECODE.search(name)
+    return match[1] if match else None
+
+
 def short_details(text: str) -> str:
     """``a::KernelDetails<a::FP16DetailsA, …, true, 64>`` without namespaces and spaces."""
     return re.sub(r"\b(?:\w+::)+|\s+", "", text)

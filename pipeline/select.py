@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pipeline import gemv
+from pipeline import decode, gemv
 from pipeline.errors import SelectError
 from pipeline.instantiation import parse_file
 from pipeline.model import (
@@ -77,6 +77,7 @@ def select(profile: Profile, facts: ReleaseFacts, tree: GeneratedTree, checkout:
         dropped=tuple(dropped),
         ignored=tuple(ignored),
         gemv=gemv.select(profile, facts, checkout),
+        decode=decode.select(profile, facts),
     )
 
 

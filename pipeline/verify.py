@@ -17,6 +17,7 @@ from pipeline.sass import (
     DeviceKernel,
     GemmKey,
     GemvKey,
+    decode_key,
     gemm_key,
     gemv_key,
     is_ours,
@@ -51,6 +52,10 @@ class Gates(Protocol):
     def spill_bytes(self) -> int: ...
     @property
     def gemm_sass(self) -> tuple[str, ...]: ...
+    @property
+    def narrow_sass(self) -> tuple[str, ...]: ...
+    @property
+    def wide_sass(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +70,10 @@ class KernelFigures:
     """One device kernel of the library, for the report."""
 
     kernel: str
-    """Readable name: ``gemm 128x64x64 2x1x1 zero``, ``gemv m4 …``, or the function's own."""
+    """Readable name: ``gemm 128x64x64 2x1x1 zero``, ``gemv m4 …``, ``decode_64x8_g64``, or the
+    function's own."""
     kind: str
-    """``gemm``, ``gemv``, ``own`` or ``unknown``."""
+    """``gemm``, ``gemv``, ``decode``, ``own`` or ``unknown``."""
     registers: int
     spill_bytes: int
     stack_bytes: int
@@ -123,7 +129,7 @@ def verify(
     checks = [
         *check_linkage(facts),
         *check_kernels(kernels, selection),
-        *check_gates(facts, kernels, gates),
+        *check_gates(facts, kernels, gates, selection),
         check_dispatcher(install_dir, selection, show),
     ]
     return Verification(
@@ -222,19 +228,33 @@ def expected_gemv(selection: Selection) -> dict[GemvKey, list[str]]:
     return found
 
 
+def expected_decode(selection: Selection) -> dict[str, str]:
+    """Device kernel (:func:`pipeline.sass.decode_key`) → tactic."""
+    return {
+        kernel.ident: tactic.name
+        for tactic in selection.decode.selected
+        for kernel in tactic.kernels
+    }
+
+
 def check_kernels(kernels: Sequence[DeviceKernel], selection: Selection) -> Iterator[Check]:
     """Both ways: what is selected is in the binary, and nothing else is."""
     gemm_wanted, gemv_wanted = expected_gemm(selection), expected_gemv(selection)
+    decode_wanted = expected_decode(selection)
     gemm_found: Counter[GemmKey] = Counter()
     gemv_found: Counter[GemvKey] = Counter()
+    decode_found: Counter[str] = Counter()
     strangers = []
     for kernel in kernels:
         gemm, gemv = gemm_key(kernel.name), gemv_key(kernel.name)
+        decode = decode_key(kernel.name)
         if gemm is not None and gemm in gemm_wanted:
             gemm_found[gemm] += 1
         elif gemv is not None and gemv in gemv_wanted:
             gemv_found[gemv] += 1
-        elif not is_ours(kernel.name):
+        elif decode is not None and decode in decode_wanted:
+            decode_found[decode] += 1
+        elif decode is not None or not is_ours(kernel.name):
             strangers.append(readable(kernel))
     missing = [
         name for key, names in gemm_wanted.items() if key not in gemm_found for name in names
@@ -254,6 +274,18 @@ def check_kernels(kernels: Sequence[DeviceKernel], selection: Selection) -> Iter
         f"{len(gemv_found)}" if gemv_wanted else f"none selected: {selection.gemv.reason}",
         "missing",
     )
+    missing = [
+        f"{tactic} {ident}" for ident, tactic in decode_wanted.items() if ident not in decode_found
+    ]
+    count = len(selection.decode.selected)
+    yield _empty(
+        "each decode tactic has its device kernels",
+        missing,
+        f"{count} by {len(decode_found)} device kernels"
+        if decode_wanted
+        else f"none selected: {selection.decode.reason}",
+        "missing",
+    )
     own = sum(is_ours(kernel.name) for kernel in kernels)
     yield _empty(
         "each kernel in the library belongs to a tactic",
@@ -271,12 +303,25 @@ def check_kernels(kernels: Sequence[DeviceKernel], selection: Selection) -> Iter
     yield Check(name="copies of kernels (for information)", ok=True, detail=detail)
 
 
-def check_gates(facts: ElfFacts, kernels: Sequence[DeviceKernel], gates: Gates) -> Iterator[Check]:
+def check_gates(
+    facts: ElfFacts, kernels: Sequence[DeviceKernel], gates: Gates, selection: Selection
+) -> Iterator[Check]:
     gemm = [kernel for kernel in kernels if gemm_key(kernel.name) is not None]
     for opcode in gates.gemm_sass:
         lacking = [readable(kernel) for kernel in gemm if not kernel.code.opcodes.get(opcode)]
         good = f"in all {len(gemm)}"
         yield _empty(f"SASS of every GEMM kernel has {opcode}", lacking, good, "not in")
+    kinds = {
+        kernel.ident: tactic.kind
+        for tactic in selection.decode.selected
+        for kernel in tactic.kernels
+    }
+    for kind, opcodes in (("narrow", gates.narrow_sass), ("wide", gates.wide_sass)):
+        decode = [k for k in kernels if kinds.get(decode_key(k.name) or "") == kind]
+        for opcode in opcodes if decode else ():
+            lacking = [readable(kernel) for kernel in decode if not kernel.code.opcodes.get(opcode)]
+            name = f"SASS of every {kind} decode kernel has {opcode}"
+            yield _empty(name, lacking, f"in all {len(decode)}", "not in")
     spilling = [
         f"{readable(kernel)} ({kernel.spill_bytes} B)"
         for kernel in kernels
@@ -307,13 +352,9 @@ def check_dispatcher(install_dir: Path, selection: Selection, show: Printer | No
         return Check(name=name, ok=False, detail=f"w4a16_info --json: {reason.strip()}")
     wanted = {(kernel.tactic, kernel.quant_op) for kernel in selection.selected}
     wanted |= {("gemv", family.quant_op) for family in selection.gemv.selected}
-    # Tactics of kernels written here are no part of upstream's selection.
+    wanted |= {(tactic.name, op) for tactic in selection.decode.selected for op in QUANT_OPS}
     missing = sorted(f"{tactic} {op}" for tactic, op in wanted - listed)
-    extra = sorted(
-        f"{tactic} {op}"
-        for tactic, op in listed - wanted
-        if tactic.startswith("sm") or tactic == "gemv"
-    )
+    extra = sorted(f"{tactic} {op}" for tactic, op in listed - wanted)
     problems = [f"not listed: {text}" for text in missing] + [f"not selected: {t}" for t in extra]
     return _empty(name, problems, f"{len(listed)} pairs of tactic and quant op", "")
 
@@ -338,7 +379,9 @@ def readable(kernel: DeviceKernel) -> str:
     if gemm is not None:
         return _key_text(gemm)
     gemv = gemv_key(kernel.name)
-    return _key_text(gemv) if gemv is not None else _function(kernel.name)
+    if gemv is not None:
+        return _key_text(gemv)
+    return decode_key(kernel.name) or _function(kernel.name)
 
 
 def _key_text(key: GemmKey | GemvKey) -> str:
@@ -363,13 +406,12 @@ def _function(name: str) -> str:
 
 
 def _figures(kernels: Iterable[DeviceKernel], gates: Gates) -> Iterator[KernelFigures]:
-    shown = (*gates.gemm_sass, "STL", "LDL")
+    named = (*gates.gemm_sass, *gates.narrow_sass, *gates.wide_sass, "STL", "LDL")
+    shown = tuple(dict.fromkeys(named))
     for kernel in kernels:
-        gemm, gemv = gemm_key(kernel.name), gemv_key(kernel.name)
-        kind = "gemm" if gemm else "gemv" if gemv else "own" if is_ours(kernel.name) else "unknown"
         yield KernelFigures(
             kernel=readable(kernel),
-            kind=kind,
+            kind=_kind(kernel.name),
             registers=kernel.usage.registers,
             spill_bytes=kernel.spill_bytes,
             stack_bytes=kernel.usage.stack_bytes,
@@ -377,6 +419,16 @@ def _figures(kernels: Iterable[DeviceKernel], gates: Gates) -> Iterator[KernelFi
             code_bytes=kernel.code.code_bytes,
             opcodes={name: count for name in shown if (count := kernel.code.opcodes.get(name, 0))},
         )
+
+
+def _kind(name: str) -> str:
+    if gemm_key(name) is not None:
+        return "gemm"
+    if gemv_key(name) is not None:
+        return "gemv"
+    if decode_key(name) is not None:
+        return "decode"
+    return "own" if is_ours(name) else "unknown"
 
 
 def _empty(name: str, problems: Sequence[str], good: str, prefix: str) -> Check:

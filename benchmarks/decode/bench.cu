@@ -2,11 +2,11 @@
 //
 // Usage: bench PLAN OUT.  A line of the plan is one case:
 //     check|time N K GROUP ZEROS BIAS M CONFIGURATION SHARES DEPENDENCE
-// with GROUP = K per column and DEPENDENCE as the enumeration of kernels/problem.h.  Consecutive lines with the same
+// with GROUP = K per column and DEPENDENCE as the enumeration of kernels/decode/problem.h.  Consecutive lines with the same
 // mode and problem share its data; those with the same M besides are timed in turns.  OUT gets one JSON object a line.
 // Exits with 1 if a result is wrong.
 
-#include "launch.h"
+#include "config.h"
 
 #include <cuda_fp16.h>
 
@@ -432,7 +432,7 @@ private:
 
     cudaError_t launch(const Case &c, int i) const {
         const char *buffer = buffers_[i % buffers_.size()];
-        return c.config->launch({x_, buffer, buffer + scales_at_, c.zeros ? buffer + zeros_at_ : nullptr,
+        return decode::launch(c.config->kernel, {x_, buffer, buffer + scales_at_, c.zeros ? buffer + zeros_at_ : nullptr,
             c.bias ? bias_ : nullptr, c_, c.m, c.n, c.k, c.group, stream, static_cast<Dependence>(c.dependence),
             c.shares});
     }

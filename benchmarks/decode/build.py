@@ -13,6 +13,9 @@ from pathlib import Path
 from benchmarks.decode.configurations import Configuration, table, unit
 
 _HERE = Path(__file__).parent
+_ROOT = _HERE.parent.parent
+_KERNELS = _ROOT / "kernels" / "decode"
+_INCLUDES = (_HERE, _KERNELS, _ROOT / "templates" / "bundle" / "src")  # the last for driver.h
 _TARGET = "-gencode=arch=compute_90a,code=sm_90a"
 _SPILLS = re.compile(r"(\d+) bytes spill stores")
 _REGISTERS = re.compile(r"Used (\d+) registers")
@@ -42,12 +45,13 @@ def build(
         units[c.name].write_text(unit(c))
     listed = folder / "table.cpp"
     listed.write_text(table(tuple(configurations)))
-    others = (_HERE / "bench.cu", _HERE / "kernels" / "launch.cpp", listed)
+    others = (_HERE / "bench.cu", _KERNELS / "launch.cpp", listed)
     sources = (others[0], *units.values(), *others[1:])  # the slowest first
 
     def compile_one(source: Path) -> str:
         compiled = folder / f"{source.stem}.o"
-        options = ("-std=c++17", "-O3", _TARGET, "-Xptxas=-v", f"-I{_HERE / 'kernels'}")
+        includes = [f"-I{folder}" for folder in _INCLUDES]
+        options = ("-std=c++17", "-O3", _TARGET, "-Xptxas=-v", *includes)
         return _run(nvcc, *options, "-c", "-o", str(compiled), str(source))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -18,7 +18,7 @@ SHAPES = (  # (N, K); the first four are the ones of the older tables in NOTES.m
     (4096, 14336),
     (57344, 8192),
 )
-DEPENDENCES = ("plain", "early", "late")  # enum Dependence of kernels/problem.h
+DEPENDENCES = ("plain", "early", "late")  # enum Dependence of kernels/decode/problem.h
 _PER_COLUMN = 0
 _SMS = 132  # of an H200; decides only which configurations are worth timing
 _SHARES = (1, 2, 3, 4, 8)

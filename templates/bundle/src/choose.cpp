@@ -2,13 +2,83 @@
 
 // The rule behind W4A16_AUTO; w4a16.h states it.
 
-#include "tactics.h"
+#include "decode_tactics.h"
 
 #include <algorithm>
 #include <climits>
+#include <cstring>
 
 namespace w4a16 {
 namespace {
+
+// One line of the rule for decode tactics: the first that holds, and that this build has, is taken.
+struct DecodeRule {
+    int m;             // for M up to this
+    const char *name;  // of the tactic
+    float tiles_an_sm; // for N that makes at most so many tiles for each SM; 0: any
+    bool zeros = true; // also with zeros
+    int k = 0;         // for K up to this; 0: any
+};
+
+constexpr DecodeRule decode_rules[] = {
+    {8, "decode:32x8:o2", 1},
+    {8, "decode:48x8:o2", 1},
+    {8, "decode:64x8", 1},
+    {8, "decode:80x8", 1, true, 4096},
+    {8, "decode:48x8:o2", 1.65f},
+    {8, "decode:112x8:o2", 1},
+    {8, "decode:224x8:g2", 1},
+    {8, "decode:48x8:o2", 0},
+    {16, "decode:32x16:o2", 1},
+    {16, "decode:64x16", 1},
+    {16, "decode:80x16", 1},
+    {16, "decode:128x16:s1:o2", 2, false},
+    {16, "decode:224x16:g2", 0},
+    {32, "decode:64x32:s2:o2:c2", 0.5f},
+    {32, "decode:128x32:s2:c2", 0.5f},
+    {32, "decode:192x32:s1:c2:n4", 0.5f},
+    {32, "decode:128x32:s1:o2", 0},
+    {64, "decode:64x64:s2:o2:c2", 0.5f},
+    {64, "decode:128x64:s2:c2:n4", 0.5f},
+    {64, "decode:192x64:s1:c2:n4", 0.5f},
+    {64, "decode:128x64:s1:o2", 1.5f},
+    {64, "decode:256x64:s1:n4", 0},
+};
+
+// The narrow tactics' most tokens: those alone take groups of 32, at any M.
+constexpr int narrow_tokens = 16;
+
+std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
+    return (value + unit - 1) / unit;
+}
+
+const DecodeTactic *decode_named(const char *name) {
+    const auto found = std::find_if(decode_tactics.begin(), decode_tactics.end(),
+        [name](const DecodeTactic &tactic) { return std::strcmp(tactic.name, name) == 0; });
+    return found == decode_tactics.end() ? nullptr : found;
+}
+
+bool holds(const DecodeRule &rule, const DecodeTactic &tactic, const Problem &problem, int sm_count) {
+    const auto tiles = static_cast<float>(ceil_div(problem.n, decode_rows(tactic)));
+    return (rule.tiles_an_sm == 0 || tiles <= rule.tiles_an_sm * static_cast<float>(sm_count))
+        && (rule.zeros || problem.quant_op != W4A16_GROUP_SCALE_ZERO) && (rule.k == 0 || problem.k <= rule.k);
+}
+
+// Null where other tactics are better, or nothing fits.
+const DecodeTactic *preferred_decode(const Problem &problem, int sm_count) {
+    const int m = problem.group_size < 64 ? std::min(problem.m, narrow_tokens) : problem.m;
+    for (const DecodeRule &rule : decode_rules) {
+        if (m > rule.m) {
+            continue;
+        }
+        const DecodeTactic *tactic = decode_named(rule.name);
+        if (tactic != nullptr && decode_supports_quietly(*tactic, problem)
+            && holds(rule, *tactic, problem, sm_count)) {
+            return tactic;
+        }
+    }
+    return nullptr;
+}
 
 // The smallest tile extent (a power of two from 16) that covers `rows`, at most `largest`.
 int covering_tile(int rows, int largest) {
@@ -22,10 +92,6 @@ int covering_tile(int rows, int largest) {
 // Within one wave of the SMs, but not by much.
 bool fills_one_wave(std::int64_t ctas, int sm_count) {
     return ctas <= sm_count && 4 * ctas > 3 * static_cast<std::int64_t>(sm_count);
-}
-
-std::int64_t ceil_div(std::int64_t value, std::int64_t unit) {
-    return (value + unit - 1) / unit;
 }
 
 // Whether tiles of `tile` rows compute at most a quarter more rows than there are.
@@ -76,6 +142,13 @@ int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
 } // namespace
 
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
+    const auto index_of = [](const DecodeTactic &tactic) {
+        return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
+    };
+    if (const DecodeTactic *tactic = preferred_decode(problem, sm_count); problem.m > 0 && tactic != nullptr) {
+        index = index_of(*tactic);
+        return W4A16_OK;
+    }
     const int gemv = gemm_tactics.count;
     const bool has_gemv = gemv_supports_quietly(problem) && gemv_accurate(problem);
     if (has_gemv && gemv_faster(problem)) {
@@ -105,6 +178,13 @@ w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
     if (has_gemv) {
         index = gemv;
         return W4A16_OK;
+    }
+    // Groups that a GEMM does not take, in a build that lacks what the rule names.
+    for (const DecodeTactic &tactic : decode_tactics) {
+        if (decode_supports_quietly(tactic, problem)) {
+            index = index_of(tactic);
+            return W4A16_OK;
+        }
     }
     return status;
 }

@@ -28,6 +28,8 @@ struct Launch {
     void *workspace;
     std::size_t workspace_bytes;
     CUstream_st *stream;
+    bool overlap; // W4A16_RUN_OVERLAP
+    int sm_count;
 };
 
 using LaunchFunction = void (*)(const Launch &launch);
@@ -56,6 +58,18 @@ struct GemvFamily {
     LaunchFunction launch;
 };
 
+namespace decode {
+struct Kernels; // decode/launch.h
+}
+
+// One configuration of this project's kernels for few rows.
+struct DecodeTactic {
+    const char *name;
+    const char *schedule;
+    int cluster; // CTAs, which share K
+    const decode::Kernels *kernels;
+};
+
 template <typename T>
 struct Table {
     const T *first;
@@ -67,5 +81,6 @@ struct Table {
 
 extern const Table<GemmTactic> gemm_tactics;
 extern const Table<GemvFamily> gemv_families;
+extern const Table<DecodeTactic> decode_tactics;
 
 } // namespace w4a16

@@ -5,6 +5,7 @@
 #include "tactics.h"
 
 #include "config.h"
+#include "decode_tactics.h"
 #include "status.h"
 
 #include <algorithm>
@@ -92,6 +93,12 @@ w4a16_status gemm_supports(const GemmTactic &tactic, const Problem &problem) {
     return W4A16_OK;
 }
 
+// Null for a tactic of another kind.
+const DecodeTactic *decode_tactic(std::int32_t index) {
+    const int place = index - first_decode_tactic();
+    return place < 0 ? nullptr : decode_tactics.first + place;
+}
+
 } // namespace
 
 w4a16_status check_problem(const w4a16_problem *given, Problem &problem) {
@@ -140,8 +147,12 @@ w4a16_status check_problem(const w4a16_problem *given, Problem &problem) {
     return W4A16_OK;
 }
 
-int tactic_count() {
+int first_decode_tactic() {
     return gemm_tactics.count + (gemv_families.count > 0 ? 1 : 0);
+}
+
+int tactic_count() {
+    return first_decode_tactic() + decode_tactics.count;
 }
 
 w4a16_status check_tactic(std::int32_t index) {
@@ -153,7 +164,7 @@ w4a16_status check_tactic(std::int32_t index) {
 }
 
 bool is_gemv(std::int32_t index) {
-    return index == gemm_tactics.count;
+    return index == gemm_tactics.count && gemv_families.count > 0;
 }
 
 w4a16_status supports(std::int32_t index, const Problem &problem) {
@@ -163,6 +174,9 @@ w4a16_status supports(std::int32_t index, const Problem &problem) {
     if (is_gemv(index)) {
         return gemv_supports(problem);
     }
+    if (const DecodeTactic *tactic = decode_tactic(index); tactic != nullptr) {
+        return decode_supports(*tactic, problem);
+    }
     return gemm_supports(gemm_tactics.first[index], problem);
 }
 
@@ -170,15 +184,18 @@ bool gemv_supports_quietly(const Problem &problem) {
     return match_gemv(problem).refusal == GemvMatch::none;
 }
 
-LaunchFunction launch_function(std::int32_t index, const Problem &problem) {
-    if (is_gemv(index)) {
-        return match_gemv(problem).family->launch;
+void launch_tactic(std::int32_t index, const Problem &problem, const Launch &launch) {
+    if (const DecodeTactic *tactic = decode_tactic(index); tactic != nullptr) {
+        launch_decode(*tactic, launch);
+    } else if (is_gemv(index)) {
+        match_gemv(problem).family->launch(launch);
+    } else {
+        gemm_tactics.first[index].launch[problem.quant_op](launch);
     }
-    return gemm_tactics.first[index].launch[problem.quant_op];
 }
 
 bool needs_sm_count(std::int32_t index) {
-    return !is_gemv(index) && gemm_tactics.first[index].uses_workspace;
+    return index < gemm_tactics.count && gemm_tactics.first[index].uses_workspace;
 }
 
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count) {
@@ -223,6 +240,8 @@ w4a16_status w4a16_tactic(int32_t index, w4a16_tactic_info *info) {
         std::sort(found.groups, found.groups + groups);
         found.m_min = __builtin_ctzll(rows);
         found.m_max = 63 - __builtin_clzll(rows);
+    } else if (const DecodeTactic *own = decode_tactic(index); own != nullptr) {
+        describe_decode(*own, found);
     } else {
         const GemmTactic &tactic = gemm_tactics.first[index];
         found.name = tactic.name;
@@ -254,6 +273,12 @@ w4a16_status w4a16_find_tactic(const char *name, int32_t *index) {
     for (int candidate = 0; candidate < gemm_tactics.count; ++candidate) {
         if (std::strcmp(name, gemm_tactics.first[candidate].name) == 0) {
             *index = candidate;
+            return W4A16_OK;
+        }
+    }
+    for (int place = 0; place < decode_tactics.count; ++place) {
+        if (std::strcmp(name, decode_tactics.first[place].name) == 0) {
+            *index = first_decode_tactic() + place;
             return W4A16_OK;
         }
     }

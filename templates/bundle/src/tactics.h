@@ -20,8 +20,9 @@ struct Problem {
 
 w4a16_status check_problem(const w4a16_problem *given, Problem &problem);
 
-// All GEMM tactics in the order of their table, then "gemv" if there is one.
+// All GEMM tactics in the order of their table, then "gemv" if there is one, then all decode tactics likewise.
 int tactic_count();
+int first_decode_tactic();
 w4a16_status check_tactic(std::int32_t index);
 bool is_gemv(std::int32_t index);
 
@@ -32,8 +33,8 @@ bool gemv_supports_quietly(const Problem &problem);
 // Never fails where any tactic supports the problem.
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index);
 
-// Of a tactic that supports the problem.
-LaunchFunction launch_function(std::int32_t index, const Problem &problem);
+// With a tactic that supports the problem.  Throws what the kernel's own host code refuses.
+void launch_tactic(std::int32_t index, const Problem &problem, const Launch &launch);
 bool needs_sm_count(std::int32_t index);
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count);
 

@@ -1,4 +1,4 @@
-// Few tokens (M up to 16): mma.sync with the weights as the first operand, never converted to half.
+// Few tokens (8 or 16 a CTA): mma.sync with the weights as the first operand, never converted to half.
 //
 // A CTA owns 16 * row_tiles columns of W ("rows", they are the rows of the product) and all of K.  One warp drives the
 // copy engine; the others split K: a stage is 256 of K, each half of it is one warp's, and the pairs of warps take
@@ -16,7 +16,7 @@
 namespace w4a16::decode {
 
 template <int row_groups_, int row_tiles_, int token_tiles_, int warps_, int stages_, int group_, bool zeros_,
-    int ctas_per_sm_>
+    int ctas_per_sm_> // 0 stages: as many as fit
 struct NarrowShape {
     static constexpr int row_groups = row_groups_;   // warps side by side, on the same part of K
     static constexpr int row_tiles = row_tiles_;     // of 16, of one warp
@@ -30,17 +30,18 @@ struct NarrowShape {
     static constexpr int shares = warps / row_groups; // of K
     static constexpr int sets = shares / 2;
     static constexpr int threads = (warps + producer_warps) * warp_size;
-    using Ring = decode::Ring<rows, tokens, 256, group, zeros, stages_>;
+    using Ring = FittingRing<rows, tokens, 256, group, zeros, stages_, ctas_per_sm>;
+    static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
 
     static constexpr int sums_pitch = rows + 4; // keeps the four lanes of a row pair in different banks
     static constexpr int sums_bytes = shares * tokens * sums_pitch * 4;
     static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
     static constexpr int shared_bytes = Ring::bytes;
-    static constexpr int box_tokens(int m) { return tokens == 8 ? m : tokens; }
+    static constexpr bool small_boxes = tokens == 8; // of activations, see narrow_box_tokens
 };
 
 // Up to 8 tokens, only those that exist are copied; zeros beyond them would cost time, and nobody reads the results.
-__host__ __device__ constexpr int narrow_box_tokens(int tokens, int m) { return tokens == 8 ? m : tokens; }
+__device__ constexpr int narrow_box_tokens(int tokens, int m) { return tokens == 8 && m < 8 ? m : tokens; }
 
 // Multiplies 128 of K.
 template <typename Shape>
@@ -170,6 +171,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     const int lane = threadIdx.x % warp_size;
     const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / warp_size), 0); // makes it uniform
     const int first_row = blockIdx.x * Shape::rows;
+    const int first_token = blockIdx.y * Shape::tokens;
     const int blocks = (problem.k + Ring::stage_k - 1) / Ring::stage_k;
 
     if (problem.dependence == release_early) {
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         __syncwarp();
     }
     __syncthreads();
-    const Source<Ring, Shape::zeros> source{ring, &weights, &activations, problem, Work{first_row, 0, blocks},
+    const Source<Ring, Shape::zeros> source{ring, &weights, &activations, problem, Work{first_row, first_token, 0, blocks},
         Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
     if (warp == Shape::warps) {
         source.feed_tiles();
@@ -230,7 +232,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         }
     }
     sync_threads(1, consumers);
-    for (int i = threadIdx.x; i < problem.m * Shape::rows; i += consumers) {
+    const int tokens = min(problem.m - first_token, Shape::tokens);
+    for (int i = threadIdx.x; i < tokens * Shape::rows; i += consumers) {
         const int token = i / Shape::rows;
         const int row = i % Shape::rows;
         const int n = first_row + row;
@@ -244,7 +247,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             if (problem.bias != nullptr) {
                 total += __half2float(problem.bias[n]);
             }
-            problem.c[static_cast<std::size_t>(token) * problem.n + n] = __float2half(total);
+            problem.c[static_cast<std::size_t>(first_token + token) * problem.n + n] = __float2half(total);
         }
     }
 }

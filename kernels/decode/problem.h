@@ -9,7 +9,7 @@ namespace w4a16::decode {
 // How a launch relates to the kernel before it and to the one after it (programmatic dependent launch).
 enum Dependence {
     independent,   // an ordinary launch
-    release_early, // starts beside the kernel before; lets the next one start at once
+    release_early, // may start beside the kernel before; lets the next one start at once
     release_late,  // likewise, but lets the next one start once this one has asked for all of its weights
 };
 

@@ -1,4 +1,4 @@
-// More tokens (M from 8 on): wgmma with the weights as the first operand, converted to half in registers.
+// More tokens (16 to 128 a CTA): wgmma with the weights as the first operand, converted to half in registers.
 //
 // A CTA owns 64 * row_groups columns of W ("rows", they are the rows of the product) and a share of K; the CTAs of a
 // cluster share K among them and add up through each other's shared memory in a fixed order.  Each consumer warpgroup
@@ -18,7 +18,7 @@
 namespace w4a16::decode {
 
 template <int row_groups_, int sets_, int tokens_, int stages_, bool zeros_, bool folded_, int buffers_,
-    int ctas_per_sm_>
+    int ctas_per_sm_> // 0 stages: as many as fit
 struct WideShape {
     static constexpr int row_groups = row_groups_;
     static constexpr int sets = sets_;
@@ -31,16 +31,17 @@ struct WideShape {
     static constexpr int warpgroups = row_groups * sets;
     static constexpr int consumers = warpgroups * 128;
     static constexpr int threads = consumers + producer_warps * warp_size;
-    using Ring = decode::Ring<rows, tokens, 128, 64, zeros, stages_>;
+    using Ring = FittingRing<rows, tokens, 128, 64, zeros, stages_, ctas_per_sm>;
+    static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
     static_assert(!(zeros && folded), "a zero is added to each weight");
     static_assert(buffers == 2 || buffers == 4, "a stage of 4 spans starts with the first buffer");
-    static_assert(stages_ > 2 * sets - 1, "a consumer holds on to the stage before the one that it is on");
+    static_assert(Ring::stages > 2 * sets - 1, "a consumer holds on to the stage before the one that it is on");
 
     static constexpr int sums_pitch = rows + 4; // keeps the four lanes of a row pair in different banks
     static constexpr int sums_bytes = sets * tokens * sums_pitch * 4;
     static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
     static constexpr int shared_bytes = Ring::bytes;
-    static constexpr int box_tokens(int) { return tokens; }
+    static constexpr bool small_boxes = false;
 };
 
 __device__ __forceinline__ std::uint32_t bits_of(__half2 value) { return *reinterpret_cast<std::uint32_t *>(&value); }
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     const int shares = cluster_size();
     const int share = cluster_rank();
     const int first_row = blockIdx.x / shares * Shape::rows;
+    const int first_token = blockIdx.y * tokens;
     const int all_blocks = (problem.k + Ring::stage_k - 1) / Ring::stage_k;
     const int first_block = all_blocks * share / shares;
     const int blocks = all_blocks * (share + 1) / shares - first_block;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     }
     __syncthreads();
     const Source<Ring, Shape::zeros> source{
-        ring, &weights, &activations, problem, Work{first_row, first_block, blocks}, Ring::activation_bytes};
+        ring, &weights, &activations, problem, Work{first_row, first_token, first_block, blocks}, Ring::activation_bytes};
     if (warp == warps) {
         source.feed_tiles();
         return;
@@ -236,7 +238,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     const int quads = Shape::rows / 4;
     const int first_quad = quads * share / shares;
     const int own_quads = quads * (share + 1) / shares - first_quad;
-    for (int i = threadIdx.x; i < problem.m * own_quads; i += Shape::consumers) {
+    const int own_tokens = min(problem.m - first_token, tokens);
+    for (int i = threadIdx.x; i < own_tokens * own_quads; i += Shape::consumers) {
         const int token = i / own_quads;
         const int quad_row = (first_quad + i % own_quads) * 4;
         const int n = first_row + quad_row;
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             total.w += __half2float(problem.bias[n + 3]);
         }
         const __half2 out[2] = {__floats2half2_rn(total.x, total.y), __floats2half2_rn(total.z, total.w)};
-        *reinterpret_cast<uint2 *>(problem.c + static_cast<std::size_t>(token) * problem.n + n) =
+        *reinterpret_cast<uint2 *>(problem.c + static_cast<std::size_t>(first_token + token) * problem.n + n) =
             *reinterpret_cast<const uint2 *>(out);
     }
     if (shares > 1) {

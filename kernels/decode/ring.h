@@ -29,6 +29,8 @@ struct Ring {
     static constexpr int scale_rows = stage_k / smallest_group;
     static constexpr int scale_row_bytes = rows * 2;
     static constexpr int scale_bytes = scale_rows * scale_row_bytes * (zeros ? 2 : 1);
+    static constexpr int barriers_of_a_stage = 3;
+    static constexpr int stage_bytes = tile_bytes + scale_bytes + 8 * barriers_of_a_stage;
     static_assert(
         weight_bytes % 1024 == 0 && activation_bytes % 1024 == 0, "swizzled tiles start at multiples of 1024");
 
@@ -38,6 +40,7 @@ struct Ring {
     static constexpr int scales_at = stages * tile_bytes;
     static constexpr int barriers_at = scales_at + stages * scale_bytes;
     static constexpr int bytes = barriers_at + 8 * (full_barriers + stages);
+    static_assert(bytes == stages * stage_bytes, "a stage is all that a ring consists of");
 
     std::uint32_t base;
 
@@ -58,6 +61,21 @@ struct Ring {
         barrier_init_fence();
     }
 };
+
+// Shared memory of a CTA where `ctas_per_sm` of them share an SM.
+constexpr int shared_bytes_of_a_cta(int ctas_per_sm) { return (ctas_per_sm == 1 ? 227 : 113) * 1024; }
+
+constexpr int stages_that_fit(int stage_bytes, int ctas_per_sm) {
+    constexpr int most = 24; // more than the latency of memory can use
+    const int fit = shared_bytes_of_a_cta(ctas_per_sm) / stage_bytes;
+    return fit < most ? fit : most;
+}
+
+// A ring of `stages`, or where that is 0 of as many as fit.
+template <int rows, int tokens, int stage_k, int smallest_group, bool zeros, int stages, int ctas_per_sm>
+using FittingRing = Ring<rows, tokens, stage_k, smallest_group, zeros,
+    stages != 0 ? stages
+                : stages_that_fit(Ring<rows, tokens, stage_k, smallest_group, zeros, 1>::stage_bytes, ctas_per_sm)>;
 
 // Where a consumer that takes every `step`-th fill of a ring stands.
 template <typename Ring>
@@ -81,9 +99,10 @@ struct Cursor {
     }
 };
 
-// The share of the rows and of K that a CTA works on, in stages.
+// The share of the rows, the tokens and of K (in stages) that a CTA works on.
 struct Work {
     int first_row;
+    int first_token;
     int first_block;
     int blocks;
 };
@@ -110,7 +129,7 @@ struct Source {
 
     // One lane.
     __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
-        copy_tile_3d(ring.activations(stage), activations, 0, 0, (work.first_block + block) * (Ring::stage_k / 64),
+        copy_tile_3d(ring.activations(stage), activations, 0, work.first_token, (work.first_block + block) * (Ring::stage_k / 64),
             ring.full(fill), evict_last);
     }
 

@@ -1,0 +1,123 @@
+// Host side of the decode kernels: tensor maps and launch attributes.
+
+#include "launch.h"
+
+#include "driver.h"
+
+#include <algorithm>
+
+namespace w4a16::decode {
+
+namespace {
+
+struct Tensor {
+    CUtensorMapDataType type;
+    const void *data;
+    cuuint32_t rank;
+    cuuint64_t extents[3];
+    cuuint64_t strides[2]; // bytes, of all dimensions but the first
+    cuuint32_t box[3];
+    CUtensorMapSwizzle swizzle;
+};
+
+cudaError_t encode(CUtensorMap &map, const Tensor &tensor) {
+    // The function appeared in CUDA 12.0.
+    static const auto function = driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled", 12000);
+    if (function == nullptr) {
+        return cudaErrorInsufficientDriver;
+    }
+    const cuuint32_t steps[] = {1, 1, 1};
+    const CUresult result = function(&map, tensor.type, tensor.rank, const_cast<void *>(tensor.data), tensor.extents,
+        tensor.strides, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.swizzle,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// [N, K / 2] bytes; a box is a stage of a CTA's rows, swizzled by its width.
+cudaError_t encode_weights(CUtensorMap &map, const Kernel &kernel, const Launch &launch) {
+    const int width = kernel.stage_k / 2;
+    const auto bytes = static_cast<cuuint64_t>(launch.k / 2);
+    return encode(map,
+        {CU_TENSOR_MAP_DATA_TYPE_UINT8, launch.b, 2, {bytes, static_cast<cuuint64_t>(launch.n), 0}, {bytes, 0},
+            {static_cast<cuuint32_t>(width), static_cast<cuuint32_t>(kernel.rows), 0},
+            width == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B});
+}
+
+// [M, K] halves as 64 x M x K / 64, so that one box brings a stage as tiles of 128 bytes a row.
+cudaError_t encode_activations(CUtensorMap &map, const Kernel &kernel, const Launch &launch) {
+    const int tokens = kernel.small_boxes ? std::min(launch.m, kernel.tokens) : kernel.tokens;
+    return encode(map,
+        {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, launch.a, 3,
+            {64, static_cast<cuuint64_t>(launch.m), static_cast<cuuint64_t>(launch.k / 64)},
+            {static_cast<cuuint64_t>(launch.k) * 2, 128},
+            {64, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(kernel.stage_k / 64)},
+            CU_TENSOR_MAP_SWIZZLE_128B});
+}
+
+// Asks for the kernel's shared memory, once on each device.
+cudaError_t prepare(const Kernel &kernel) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
+        return error;
+    }
+    const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0; // others are prepared every time
+    if ((kernel.prepared->load(std::memory_order_acquire) & bit) != 0) {
+        return cudaSuccess;
+    }
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel.function),
+        cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+    if (error == cudaSuccess) {
+        kernel.prepared->fetch_or(bit, std::memory_order_release);
+    }
+    return error;
+}
+
+// log2 of a group size; of one that has none, which is K, so large that all of K is in the first group.
+int shift_of(int group_size) {
+    const auto size = static_cast<unsigned>(group_size);
+    return (size & (size - 1)) == 0 ? __builtin_ctz(size) : 31;
+}
+
+int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1 : 0); }
+
+} // namespace
+
+cudaError_t launch(const Kernel &kernel, const Launch &launch) {
+    CUtensorMap weights;
+    CUtensorMap activations;
+    if (const cudaError_t error = prepare(kernel); error != cudaSuccess) {
+        return error;
+    }
+    if (const cudaError_t error = encode_weights(weights, kernel, launch); error != cudaSuccess) {
+        return error;
+    }
+    if (const cudaError_t error = encode_activations(activations, kernel, launch); error != cudaSuccess) {
+        return error;
+    }
+    Problem problem{static_cast<const __half *>(launch.scales), static_cast<const __half *>(launch.zeros),
+        static_cast<const __half *>(launch.bias), static_cast<__half *>(launch.c), launch.m, launch.n, launch.k,
+        shift_of(launch.group_size), launch.dependence};
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
+    config.blockDim = dim3(kernel.threads);
+    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.stream = launch.stream;
+    config.attrs = attributes;
+    if (launch.shares > 1) {
+        cudaLaunchAttribute &cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = launch.shares;
+        cluster.val.clusterDim.y = 1;
+        cluster.val.clusterDim.z = 1;
+    }
+    if (launch.dependence != independent) {
+        cudaLaunchAttribute &serialization = attributes[config.numAttrs++];
+        serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        serialization.val.programmaticStreamSerializationAllowed = 1;
+    }
+    void *arguments[] = {&weights, &activations, &problem};
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel.function), arguments);
+}
+
+} // namespace w4a16::decode

@@ -1,0 +1,74 @@
+// Host side of the decode kernels: what is known of an instantiation, and how it is launched.
+
+#pragma once
+
+#include "problem.h"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace w4a16::decode {
+
+using Function = void (*)(CUtensorMap weights, CUtensorMap activations, Problem problem);
+
+// One instantiation.
+struct Kernel {
+    Function function; // null: there is none
+    int rows;          // of a CTA's tile: columns of W
+    int tokens;
+    int stage_k;
+    int shared_bytes;
+    int threads;
+    bool small_boxes;                     // with M below `tokens`, boxes of activations have M rows
+    std::atomic<std::uint64_t> *prepared; // bit d: it may use its shared memory on device d
+};
+
+template <Function function>
+inline std::atomic<std::uint64_t> prepared_devices{0};
+
+// In a unit that nvcc compiles.
+template <typename Shape, Function function>
+constexpr Kernel kernel_of() {
+    return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::shared_bytes, Shape::threads,
+        Shape::small_boxes, &prepared_devices<function>};
+}
+
+struct Launch {
+    const void *a;
+    const void *b;
+    const void *scales;
+    const void *zeros;
+    const void *bias;
+    void *c;
+    int m;
+    int n;
+    int k;
+    int group_size; // a power of two from 32 on, or K: one group over all of it
+    cudaStream_t stream;
+    Dependence dependence;
+    int shares; // CTAs of a cluster, which share K
+};
+
+// On the current device.  Allocates nothing and waits for nothing.
+cudaError_t launch(const Kernel &kernel, const Launch &launch);
+
+// ---- What the library holds ----
+
+constexpr int group_classes = 3; // groups of 32, of 64, and larger ones
+
+// The kernels of one tactic.
+struct Kernels {
+    Kernel of[group_classes][2]; // by group class and whether there are zeros
+    int ctas_per_sm;
+
+    const Kernel &of_group(int group_size, bool zeros) const {
+        return of[group_size < 64 ? 0 : group_size < 128 ? 1 : 2][zeros ? 1 : 0];
+    }
+    // Any of them: their tiles are the same.
+    const Kernel &first() const { return of[0][0].function != nullptr ? of[0][0] : of[2][0]; }
+};
+
+} // namespace w4a16::decode
