@@ -18,7 +18,7 @@ _SECTIONS = {
     "Calling": ("linear", "register_torch_ops", "DeviceArray"),
     "Models": ("convert", "W4A16Linear", "replace_linears", "load_converted"),
     "Checkpoint formats": ("QuantizationConfig", "LayerConfig"),
-    "Tactics": ("tactic_names", "tune", "QuantOp"),
+    "Tactics": ("tactic_names", "tune", "set_overlap", "QuantOp"),
     "The library": ("library_path", "include_dir", "cmake_dir"),
 }
 _HEAD = """\

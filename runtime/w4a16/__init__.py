@@ -30,6 +30,7 @@ try:
     from w4a16.formats.config import LayerConfig, QuantizationConfig
     from w4a16.library import LIBRARY, QuantOp
     from w4a16.linear import linear
+    from w4a16.overlap import set_overlap
     from w4a16.packed import PackedWeight
     from w4a16.packing import Unpacked, dequantize, pack, unpack
     from w4a16.tune import tune
@@ -68,6 +69,7 @@ __all__ = [
     "pack",
     "register_torch_ops",
     "replace_linears",
+    "set_overlap",
     "tactic_names",
     "tune",
     "unpack",

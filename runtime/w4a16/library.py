@@ -17,7 +17,7 @@ from typing import Any
 
 from w4a16.errors import from_status
 
-API_VERSION = 2
+API_VERSION = 3
 AUTO = -1
 
 _ENVIRONMENT = "W4A16_LIBRARY"
@@ -113,7 +113,7 @@ class _Problem(_Versioned):
 class _Args(_Versioned):
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
         ("problem", ctypes.POINTER(_Problem)),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
@@ -362,8 +362,12 @@ class Library:
         workspace: int | None,
         workspace_bytes: int,
         stream: int,
+        overlap: bool = False,
     ) -> None:
-        """Launches on the current device and the given stream. ``None`` is a NULL pointer."""
+        """Launches on the current device and the given stream. ``None`` is a NULL pointer.
+
+        ``overlap`` is ``W4A16_RUN_OVERLAP``, with what the caller promises for it.
+        """
         frame = self._frame
         _LAUNCH.pack_into(
             frame.memory,
@@ -377,7 +381,7 @@ class Library:
             bias is not None,
             0,
             _ARGS_SIZE,
-            0,
+            overlap,
             frame.problem,
             a,
             b,

@@ -6,10 +6,11 @@ import math
 import sys
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
-from w4a16 import arrays, driver
+from w4a16 import arrays, driver, overlap
 from w4a16.arguments import Argument, check_linear, round_up
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError
@@ -19,6 +20,9 @@ from w4a16.packing import dequantize
 from w4a16.tactics import Plan, plan, resolve
 
 _ALIGNMENT = 256
+
+# Weights that were launched without overlap, outside of a capture.
+_launched: WeakSet[PackedWeight] = WeakSet()
 
 
 def linear(
@@ -66,10 +70,13 @@ def linear(
 
             return torch_ops.linear(x, packed, bias, index, out, stream)
     weight = packed if bias is None else replace(packed, bias=bias)
-    return _linear(x, weight, index, out, stream)
+    return _linear(x, weight, packed, index, out, stream)
 
 
-def _linear(x: Any, weight: PackedWeight, tactic: int, out: Any, stream: int | None) -> Any:
+def _linear(
+    x: Any, weight: PackedWeight, given: PackedWeight, tactic: int, out: Any, stream: int | None
+) -> Any:
+    """``given`` is ``weight``, perhaps with another bias."""
     a = arrays.view(x, "x", stream=stream)
     a = replace(a, stream=(a.stream or 0) if stream is None else stream)
     operands = {
@@ -95,12 +102,26 @@ def _linear(x: Any, weight: PackedWeight, tactic: int, out: Any, stream: int | N
             result = arrays.empty((*a.shape[:-1], weight.out_features), "float16", like=a)
             target = arrays.view(result, "out", stream=a.stream)
         if math.prod(a.shape[:-1]) > 0:
-            _launch(a, operands, weight, target, tactic)
+            known = given in _launched
+            runs_now = known or (_stays(given) and driver.capture_id(a.stream or 0) is None)
+            _launch(a, operands, weight, target, tactic, known and overlap.enabled)
+            if runs_now and not known:
+                _launched.add(given)
     return result
 
 
+def _stays(weight: PackedWeight) -> bool:
+    """Whether its arrays are as they are; tensors of torch may be changed in place."""
+    return type(weight.packed).__module__.partition(".")[0] != "torch"
+
+
 def _launch(
-    a: View, operands: dict[str, View], weight: PackedWeight, out: View, tactic: int
+    a: View,
+    operands: dict[str, View],
+    weight: PackedWeight,
+    out: View,
+    tactic: int,
+    overlaps: bool,
 ) -> None:
     """On the current device. All that is needed beside ``out`` is one stream-ordered allocation."""
     stream = a.stream or 0
@@ -161,6 +182,7 @@ def _launch(
             base + workspace if chosen.workspace else None,
             chosen.workspace,
             stream,
+            overlaps,
         )
         if narrows:
             row = weight.out_features * 2

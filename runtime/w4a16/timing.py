@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from w4a16 import driver
+from w4a16 import driver, overlap
 from w4a16.arguments import round_up
 from w4a16.errors import DeviceError
 from w4a16.library import LIBRARY, Problem, QuantOp
@@ -156,7 +156,9 @@ class Timer:
             has_bias=self._has_bias,
         )
 
-    def _launch(self, tactic: int, m: int, copy: int, workspace: int) -> None:
+    def _launch(
+        self, tactic: int, m: int, copy: int, workspace: int, overlaps: bool = False
+    ) -> None:
         case = self._case
         zeros = case.quant_op is QuantOp.GROUP_SCALE_ZERO
         LIBRARY.run(
@@ -175,6 +177,7 @@ class Timer:
             self._workspace.address or None,
             workspace,
             self._stream.handle,
+            overlaps,
         )
 
     def _reserve(self, tactics: Sequence[int], m: int) -> dict[int, int]:
@@ -217,7 +220,8 @@ class Timer:
     def _captured(self, tactic: int, m: int, launches: int, workspace: int) -> driver.Graph:
         with driver.capture(self._stream) as capture:
             for _ in range(launches):
-                self._launch(tactic, m, self._next, workspace)
+                # All weights were there long before, as in a model.
+                self._launch(tactic, m, self._next, workspace, overlap.enabled)
                 self._next = (self._next + 1) % self._copies
         return capture.graph
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w4a16 import overlap
 from w4a16.arguments import Argument, check_linear, check_weight, round_up
 from w4a16.arrays import dense_strides
 from w4a16.errors import ArgumentError, W4A16Error
@@ -62,6 +63,7 @@ _grad_enabled = torch.is_grad_enabled
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 _mode_count: Any = torch._C._len_torch_dispatch_stack
 _in_functorch: Any = torch._C._are_functorch_transforms_active
+_capturing: Any = torch.cuda.is_current_stream_capturing
 # Absent in builds of torch without CUDA, which have no tensor to call them for.
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -72,6 +74,9 @@ except AttributeError:
     def _empty_cuda(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="cuda")
 
+
+# Of a weight, in place of what _version() gives: do not overlap.
+_UNKNOWN = -2
 
 # An address that CUDA's allocators would give.
 _ALIGNMENT = 256
@@ -165,7 +170,7 @@ class _Checked:
     __slots__ = (
         *("scales", "zeros", "columns", "bias", "in_given", "out_given"),
         *("bytes", "scale_count", "addresses", "device", "n", "k", "in_features", "out_features"),
-        *("quant_op", "group_size"),
+        *("quant_op", "group_size", "counts_changes", "launched"),
     )
 
     def __init__(
@@ -200,6 +205,10 @@ class _Checked:
         self.quant_op = (
             _PER_COLUMN if per_column else _GROUP_SCALE if zeros is None else _GROUP_SCALE_ZERO
         )
+        read_early = (packed, scales) if zeros is None else (packed, scales, zeros)
+        self.counts_changes = not any(tensor.is_inference() for tensor in read_early)
+        #: What :func:`_version` gave when the weight was last launched without overlap.
+        self.launched = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of the tensor are checked anew. Whatever torch.load trusts, and is not true."""
@@ -269,7 +278,7 @@ def _linear_cuda(
     else:
         size = (*shape[:-1], n)
         out = _empty_cuda(size, dense_strides(size), _HALF)
-    _launch(x, weight, out, tactic)
+    _launch(x, weight, out, tactic, _version(packed, weight) if overlap.enabled else _UNKNOWN)
     return out if n == weight.out_features else out[..., : weight.out_features]
 
 
@@ -297,14 +306,23 @@ def _linear_out_cuda(
         out.copy_(found)
 
 
+def _version(packed: Tensor, weight: _Checked) -> int:
+    """Grows whenever torch changes what a launch with overlap reads early."""
+    if not weight.counts_changes:
+        return _UNKNOWN
+    version: int = packed._version + weight.scales._version
+    return version if weight.zeros is None else version + weight.zeros._version
+
+
 def _launch(
     x: Tensor,
     weight: _Checked,
     out: Tensor,
     tactic: int,
+    version: int,
 ) -> None:
     """Checked arguments on the current device; ``out`` has n columns. Memory freed here is reused
-    in stream order."""
+    in stream order. A launch overlaps once the same ``version`` was launched without."""
     m = x.numel() // weight.in_features
     if m == 0:
         return
@@ -355,7 +373,11 @@ def _launch(
         workspace or None,
         size,
         stream,
+        version == weight.launched,
     )
+    # A launch that is captured does not run now.
+    if version != weight.launched and version >= 0 and not _capturing():
+        weight.launched = version
 
 
 @lru_cache(maxsize=4096)

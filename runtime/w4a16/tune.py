@@ -28,6 +28,9 @@ FINALISTS = 4
 #: A GEMM whose row tile is small for M and which was so much slower than the best at the bucket
 #: before is not going to win at a larger one.
 HOPELESS = 2.0
+#: Decode tactics are timed where M makes at most so many blocks of their rows, or where nothing
+#: else runs.
+MOST_BLOCKS = 4
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with how many buckets are done, how many there are, and what is timed next."""
@@ -339,7 +342,8 @@ class _Field:
             group_size=self._case.group_size,
         )
         auto = LIBRARY.auto_tactic(problem)
-        running = [t for t in LIBRARY.tactics if self._may_run(t, problem)]
+        able = [t for t in LIBRARY.tactics if self._may_run(t, problem)]
+        running = [t for t in able if not _in_many_blocks(t, m)] or able
         first = self._first_pass(running, m, auto)
         if not first:
             return None
@@ -412,6 +416,11 @@ class _Field:
                     right = False
                     self._broken[self._name(tactic)] = f"{self._case}, M = {m}: {wrong}"
         return right
+
+
+def _in_many_blocks(tactic: Tactic, m: int) -> bool:
+    """Whether a decode tactic would read the weights so often that any other kind wins."""
+    return tactic.kind == "decode" and m > MOST_BLOCKS * tactic.tile[1]
 
 
 def _same_work(tactic: Tactic, one: int, other: int) -> bool:

@@ -44,7 +44,7 @@ class FakeKernels:
         self.product: Product = product
 
     def run(self, *arguments: Any) -> None:
-        (tactic, quant_op, m, n, k, group, a, b, scales, zeros, bias, c, work, size, _) = arguments
+        (tactic, quant_op, m, n, k, group, a, b, scales, zeros, bias, c, work, size, *_) = arguments
         problem = Problem(
             quant_op=quant_op, m=m, n=n, k=k, group_size=group, has_bias=bias is not None
         )

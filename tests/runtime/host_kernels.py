@@ -82,11 +82,14 @@ class HostKernels:
         workspace: int | None,
         workspace_bytes: int,
         stream: int,
+        overlap: bool = False,
     ) -> None:
         for address in (a, b, scales, zeros or 0, bias or 0, c, workspace or 0):
             assert address % 16 == 0
         assert (zeros is not None) == (quant_op == QuantOp.GROUP_SCALE_ZERO)
-        self.launches.append({"tactic": tactic, "stream": stream, "a": a, "c": c, "m": m})
+        self.launches.append(
+            {"tactic": tactic, "stream": stream, "a": a, "c": c, "m": m, "overlap": overlap}
+        )
         if workspace_bytes:
             assert workspace is not None
             memory(workspace, (workspace_bytes,), np.uint8)[...] = 0x7E

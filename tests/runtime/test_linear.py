@@ -318,6 +318,29 @@ def test_out_and_stream_are_respected(fake: FakeDriver, kernels: HostKernels) ->
     assert kernels.gathers[0]["stream"] == two
 
 
+def test_launches_overlap_once_a_weight_was_launched_without_outside_of_a_capture(
+    fake: FakeDriver, kernels: HostKernels
+) -> None:
+    case = case_of(RNG, format="plain", k=128, n=24, group_size=64)
+    packed = on_gpu(packed_of(case))
+    x = DeviceArray.from_numpy(RNG.standard_normal((2, case.k)).astype(np.float16))
+    bias = DeviceArray.from_numpy(RNG.standard_normal(case.n).astype(np.float16))
+    out = DeviceArray.from_numpy(np.zeros((2, case.n), np.float16))
+    stream = driver.Stream.create()
+    for _ in range(2):
+        with driver.capture(stream) as capture:
+            linear(x, packed, out=out, stream=stream.handle)
+        with capture.graph:
+            pass
+    for _ in range(2):
+        linear(x, packed)
+    linear(x, packed, bias)
+    linear(x, replace(packed))
+    stream.destroy()
+    found = [launch["overlap"] for launch in kernels.launches]
+    assert found == [False, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_may_go_before_what_was_made_on_it(
     fake: FakeDriver, kernels: HostKernels, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -331,7 +354,7 @@ def test_a_stream_may_go_before_what_was_made_on_it(
 
     def counted(*arguments: Any) -> None:
         run(*arguments)
-        pieces.append(fake.work(arguments[-1]))
+        pieces.append(fake.work(arguments[14]))
 
     monkeypatch.setattr(LIBRARY, "run", counted)
     out = DeviceArray((3, case.n), stream=stream)

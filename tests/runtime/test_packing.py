@@ -261,10 +261,18 @@ def test_a_g_idx_of_zeros_is_no_act_order_but_warned_about() -> None:
     check_packed(packed, case)
 
 
-def test_group_32_is_refused_with_the_way_out() -> None:
-    case = random_case(group_size=32)
-    with pytest.raises(UnsupportedError, match=r"group size 32 .*: quantise the model again with"):
+def test_a_group_that_no_kernel_takes_is_refused_with_the_way_out() -> None:
+    case = random_case(group_size=16)
+    with pytest.raises(UnsupportedError, match=r"group size 16 .*: quantise the model again with"):
         pack(case)
+
+
+def test_groups_of_32_are_packed_where_the_library_has_decode_tactics_for_them() -> None:
+    if not any(32 in tactic.groups for tactic in LIBRARY.tactics):
+        pytest.skip("no tactic of this library takes groups of 32")
+    for act_order in ("none", "shuffled"):
+        case = random_case(group_size=32, k=232, act_order=act_order)
+        check_packed(pack(case), case)
 
 
 def test_any_group_that_the_library_takes_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:

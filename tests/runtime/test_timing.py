@@ -138,7 +138,8 @@ class HostLibrary:
         return 1000
 
     def run(self, tactic: int, op: int, m: int, n: int, k: int, group: int, *rest: Any) -> None:
-        a, b, scales, zeros, bias, c, workspace, size, _ = rest
+        a, b, scales, zeros, bias, c, workspace, size, _, overlap = rest
+        assert overlap == (self.host.captured is not None), "as a model's launches in a graph"
         assert all(address % 256 == 0 for address in (a, b, scales, zeros or 0, c, workspace))
         assert size == 1000
         self.weights.add(b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import w4a16
-from w4a16 import torch_ops
+from w4a16 import overlap, torch_ops
 
 from tests.runtime.checkpoints import case_of, weight
 from tests.runtime.host_kernels import HostKernels
@@ -327,6 +328,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> HostKernels:
     """The CUDA implementation, which knows no better than that the CPU is GPU number -1."""
     monkeypatch.setattr(torch_ops, "_current_device", lambda: -1)
     monkeypatch.setattr(torch_ops, "_raw_stream", lambda device: 4711)
+    monkeypatch.setattr(torch_ops, "_capturing", lambda: False)
     monkeypatch.setattr(
         torch_ops,
         "_empty_cuda",
@@ -451,6 +453,82 @@ def test_a_weight_that_was_checked_is_checked_again_when_anything_of_it_changed(
     with pytest.raises(w4a16.ArgumentError, match="scales is"):
         LAUNCH(x, packed, *good)
     assert len(kernels.launches) == before
+
+
+def overlaps(kernels: HostKernels, *arguments: Any) -> bool:
+    """Whether a launch with these arguments may overlap with the kernel before it."""
+    LAUNCH(*arguments)
+    return bool(kernels.launches[-1]["overlap"])
+
+
+def test_launches_overlap_once_a_weight_was_launched_without_and_until_it_changes(
+    kernels: HostKernels,
+) -> None:
+    product = Product(8)
+    arguments = product.arguments
+    packed, scales, zeros, *_ = product.weight
+    assert [overlaps(kernels, *arguments) for _ in range(3)] == [False, True, True]
+    for tensor in (packed, scales, zeros):
+        tensor.add_(0)
+        assert [overlaps(kernels, *arguments) for _ in range(2)] == [False, True]
+    product.x.mul_(2)
+    assert overlaps(kernels, *arguments), "activations are read after the wait"
+    again = product.x, packed, scales.clone(), *arguments[3:]
+    assert [overlaps(kernels, *again) for _ in range(2)] == [False, True]
+
+
+def test_a_launch_that_is_captured_or_fails_or_has_no_rows_does_not_count_as_one_before(
+    kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = Product(8)
+    run = kernels.run
+
+    def fails(*_: Any) -> None:
+        raise w4a16.InternalError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_ops, "_capturing", lambda: True)
+        assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(w4a16.LIBRARY, "run", fails)
+        with pytest.raises(w4a16.InternalError):
+            LAUNCH(*product.arguments)
+        patch.setattr(w4a16.LIBRARY, "run", run)
+    LAUNCH(product.x[:0], *product.arguments[1:])
+    assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, True]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_ops, "_capturing", lambda: True)
+        assert overlaps(kernels, *product.arguments), "it was launched before the capture"
+
+
+def test_nothing_overlaps_where_that_is_off_or_torch_counts_no_changes(
+    kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "enabled", True)
+    product = Product(8)
+    w4a16.set_overlap(False)
+    assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, False]
+    w4a16.set_overlap(True)
+    assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, True]
+    with torch.inference_mode():
+        weight = [None if tensor is None else tensor.clone() for tensor in product.weight]
+        for _ in range(3):
+            assert not overlaps(kernels, product.x, *weight, *product.sizes)
+
+
+@pytest.mark.parametrize(("given", "on"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_the_environment_says_whether_launches_overlap(given: str | None, on: bool) -> None:
+    code = "import w4a16.overlap; print(w4a16.overlap.enabled)"
+    env = {name: value for name, value in os.environ.items() if name != overlap.ENVIRONMENT}
+    more = {} if given is None else {overlap.ENVIRONMENT: given}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**env, **more},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(on)
 
 
 def test_what_is_left_out_is_as_the_packed_weight_says() -> None:

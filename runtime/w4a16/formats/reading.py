@@ -81,6 +81,5 @@ def check_supported(layer: Layer, extents: Extent) -> None:
     where = f"K = {layer.in_features}, N = {layer.out_features}"
     raise UnsupportedError(
         f"no kernel takes a weight with {where} and group size {layer.group_size} ({reason}):"
-        " quantise the model again with a group size that is a multiple of 64 (64 and 128 are the"
-        " usual ones), or with one scale a column (-1)"
+        " quantise the model again with groups of 64 or 128 inputs, or with one scale a column (-1)"
     )

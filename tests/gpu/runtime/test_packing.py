@@ -277,9 +277,9 @@ def test_bad_numbers_are_noticed_on_a_gpu() -> None:
         api.pack(q=q, scales=torch.ones(2, 16, device="cuda"))
 
 
-def test_group_32_is_refused_on_a_gpu_before_anything_is_launched() -> None:
-    with pytest.raises(UnsupportedError, match=r"group size 32 .*: quantise the model again"):
-        with_arrays(random_case(group_size=32), on_gpu)
+def test_a_group_that_no_kernel_takes_is_refused_on_a_gpu_before_anything_is_launched() -> None:
+    with pytest.raises(UnsupportedError, match=r"group size 16 .*: quantise the model again"):
+        with_arrays(random_case(group_size=16), on_gpu)
 
 
 # ---- Through the kernels ----

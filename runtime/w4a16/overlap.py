@@ -1,0 +1,25 @@
+"""Whether launches may start while the kernel before them in the stream still runs."""
+
+from __future__ import annotations
+
+import os
+
+ENVIRONMENT = "W4A16_OVERLAP"
+
+#: Read in every launch.
+enabled: bool = os.environ.get(ENVIRONMENT, "").strip() != "0"
+
+
+def set_overlap(on: bool) -> None:
+    """Whether launches may overlap with the kernel before them (programmatic dependent launch).
+
+    On at first, unless ``W4A16_OVERLAP=0`` is in the environment. The kernels for few rows then
+    read a weight while the kernel before still runs, and wait for it before they read anything that
+    it may have written. This package does so only with a weight that it has launched without
+    overlap before, and whose tensors torch knows of no change to since. What torch does not see
+    (``tensor.data`` written to, another library's kernels writing through an address) needs a
+    ``torch.cuda.synchronize()`` before the next call, or no overlap. Weights that are inference
+    tensors, whose changes torch does not count, never overlap.
+    """
+    global enabled
+    enabled = bool(on)
