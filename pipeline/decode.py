@@ -41,10 +41,14 @@ class DecodeTactic:
     ctas_per_sm: int
     row_groups: int = 1
     """Narrow: warps side by side on the same part of K."""
+    warps: int = 8
+    """Narrow: that multiply."""
     sets: int = 1
     """Wide: warpgroups on the same rows, which take parts of K in turn."""
     buffers: int = 2
     """Wide: of operands in registers."""
+    stage_k: int = 256
+    """How much of K one copy brings."""
     cluster: int = 1
     """Wide: CTAs that share K."""
 
@@ -57,8 +61,10 @@ class DecodeTactic:
         elif self.row_groups > 1:
             marks.append(f"g{self.row_groups}")
         marks += [f"o{self.ctas_per_sm}"] if self.ctas_per_sm > 1 else []
+        marks += [f"w{self.warps}"] if self.warps != 8 else []
         marks += [f"c{self.cluster}"] if self.cluster > 1 else []
         marks += [f"n{self.buffers}"] if self.buffers != 2 else []
+        marks += [f"k{self.stage_k}"] if self.stage_k != 256 else []
         return PREFIX + ":".join(marks)
 
     @property

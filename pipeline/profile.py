@@ -115,6 +115,8 @@ class NarrowChoice(Model):
     """Rows of activations that a CTA computes."""
     row_groups: Literal[1, 2, 4] = 1
     """Groups of warps that share the rows."""
+    warps: Literal[6, 8] = 8
+    """That multiply; fewer leave more registers to each."""
     ctas_per_sm: Literal[1, 2] = 1
 
     @model_validator(mode="after")
@@ -136,6 +138,8 @@ class WideChoice(Model):
     """Of warpgroups with the same rows, which take parts of K in turn."""
     buffers: Literal[2, 4] = 2
     """Of operands in registers."""
+    stage_k: Literal[128, 256] = 256
+    """How much of K one copy brings: with fewer copies there is less to wait for between products."""
     ctas_per_sm: Literal[1, 2] = 1
     cluster: Literal[1, 2, 4, 8] = 1
     """CTAs that share K."""

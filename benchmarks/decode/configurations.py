@@ -61,6 +61,7 @@ class Wide:
     zeros: bool = False
     folded: bool = False  # scales into the FP32 sums, not into the operands
     ctas_per_sm: int = 1
+    stage_k: int = 256
     wide = True
 
     @property
@@ -75,14 +76,14 @@ class Wide:
     @property
     def name(self) -> str:
         return (
-            f"wide_r{self.rows}x{self.sets}_m{self.tokens}_k128_z{self.zeros:d}"
+            f"wide_r{self.rows}x{self.sets}_m{self.tokens}_k{self.stage_k}_z{self.zeros:d}"
             f"_o{self.ctas_per_sm}{'_f' if self.folded else ''}_n{self.buffers}"
         )
 
     @property
     def shape(self) -> str:
         return (
-            f"WideShape<{self.row_groups}, {self.sets}, {self.tokens}, 0, "
+            f"WideShape<{self.row_groups}, {self.sets}, {self.tokens}, {self.stage_k}, 0, "
             f"{_cpp(self.zeros)}, {_cpp(self.folded)}, {self.buffers}, {self.ctas_per_sm}>"
         )
 

@@ -43,6 +43,40 @@ struct NarrowShape {
 // Up to 8 tokens, only those that exist are copied; zeros beyond them would cost time, and nobody reads the results.
 __device__ constexpr int narrow_box_tokens(int tokens, int m) { return tokens == 8 && m < 8 ? m : tokens; }
 
+// What q - 8 takes away: the sum of a group of activations times `factor` (a pair of halves), where a product has the
+// element of its token.  A fragment of activations has the same form as first and as second operand, so two of them
+// are summed at once: of two tiles of tokens, or of two parts of K.
+template <int spans, int token_tiles>
+__device__ __forceinline__ void sum_activations(float (&sum)[token_tiles][4],
+    const std::uint32_t (&token)[token_tiles][spans][4], std::uint32_t factor, int lane) {
+    static_assert(token_tiles <= 2, "rows of the first operand");
+    constexpr int chains = 2; // hide the latency of each other
+    float part[chains][4] = {};
+#pragma unroll
+    for (int span = 0; span < spans; ++span) {
+        const std::uint32_t(&first)[4] = token[0][span];
+        if (token_tiles == 1) {
+            mma_16x8x16(part[span % chains], first[0], first[2], first[1], first[3], factor, factor,
+                part[span % chains]);
+        } else {
+            const std::uint32_t(&second)[4] = token[token_tiles - 1][span];
+            mma_16x8x16(part[0], first[0], second[0], first[1], second[1], factor, factor, part[0]);
+            mma_16x8x16(part[1], first[2], second[2], first[3], second[3], factor, factor, part[1]);
+        }
+    }
+    const float upper = part[0][0] + part[1][0]; // of the token that is the row lane / 4
+    const float lower = part[0][2] + part[1][2];
+    const int of_even = lane % 4 * 8;
+#pragma unroll
+    for (int tile = 0; tile < token_tiles; ++tile) {
+        const float mine = token_tiles == 1 ? upper + lower : tile == 0 ? upper : lower;
+        const float even = __shfl_sync(0xffffffffu, mine, of_even);
+        const float odd = __shfl_sync(0xffffffffu, mine, of_even + 4);
+        sum[tile][0] = sum[tile][2] = even;
+        sum[tile][1] = sum[tile][3] = odd;
+    }
+}
+
 // Multiplies 128 of K.
 template <typename Shape>
 __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][Shape::token_tiles][4],
@@ -52,10 +86,8 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
     constexpr int spans = Shape::group / 32; // of 32 of K, the unit of the packing
     constexpr std::uint32_t low_mask = 0x000F000Fu;
     constexpr std::uint32_t high_mask = 0x00F000F0u;
-    std::uint32_t low_minus_8;  // -8 * 2^-24, twice
-    std::uint32_t high_minus_8; // -8 * 2^-20, twice; through asm, else the compiler makes them with an FADD
-    asm("mov.b32 %0, 0x80088008;" : "=r"(low_minus_8));
-    asm("mov.b32 %0, 0x80808080;" : "=r"(high_minus_8));
+    std::uint32_t minus_8; // -8 * 2^-20, twice; through asm, else the compiler makes it with an FADD
+    asm("mov.b32 %0, 0x80808080;" : "=r"(minus_8));
 
     const int row = lane / 4;
     // Chunks of 8 halves in the order 0 2 1 3: the first two belong to the low operand.
@@ -74,8 +106,6 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
 #pragma unroll
     for (int group = 0; group < 4 / spans; ++group) {
         std::uint32_t token[token_tiles][spans][4];
-        float low_8[token_tiles][4] = {};
-        float high_8[token_tiles][4] = {};
 #pragma unroll
         for (int tile = 0; tile < token_tiles; ++tile) {
 #pragma unroll
@@ -85,28 +115,10 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
                     (token_line[of_half / 2] + tile * 1024) ^ (of_half % 2 << 6));
             }
         }
-#pragma unroll
-        for (int tile = 0; tile < token_tiles; ++tile) {
-#pragma unroll
-            for (int span = 0; span < spans; ++span) {
-                mma_16x8x16(low_8[tile], low_minus_8, low_minus_8, low_minus_8, low_minus_8, token[tile][span][0],
-                    token[tile][span][1], low_8[tile]);
-                mma_16x8x16(high_8[tile], high_minus_8, high_minus_8, high_minus_8, high_minus_8, token[tile][span][2],
-                    token[tile][span][3], high_8[tile]);
-            }
-        }
+        float eights[token_tiles][4];
+        sum_activations<spans>(eights, token, minus_8, lane);
         // With few row tiles the latency of a chain of products counts, with many its number of instructions.
         constexpr bool apart = Shape::row_tiles <= 2;
-        [[maybe_unused]] float eights[token_tiles][4];
-        if (Shape::zeros || apart) {
-#pragma unroll
-            for (int tile = 0; tile < token_tiles; ++tile) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    eights[tile][i] = fmaf(low_8[tile][i], 16.f, high_8[tile][i]);
-                }
-            }
-        }
 #pragma unroll
         for (int tile = 0; tile < Shape::row_tiles; ++tile) {
             std::uint32_t word[2][spans];
@@ -139,9 +151,9 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
 #pragma unroll
                 for (int t = 0; t < token_tiles; ++t) {
                     mma_16x8x16(low[t], upper & low_mask, lower & low_mask, upper_8 & low_mask, lower_8 & low_mask,
-                        token[t][span][0], token[t][span][1], span == 0 && !apart ? low_8[t] : low[t]);
+                        token[t][span][0], token[t][span][1], low[t]);
                     mma_16x8x16(high[t], upper & high_mask, lower & high_mask, upper_8 & high_mask, lower_8 & high_mask,
-                        token[t][span][2], token[t][span][3], span == 0 && !apart ? high_8[t] : high[t]);
+                        token[t][span][2], token[t][span][3], span == 0 && !apart ? eights[t] : high[t]);
                 }
             }
 #pragma unroll
@@ -177,14 +189,14 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     if (problem.dependence == release_early) {
         release_dependents();
     }
-    if (warp == Shape::warps) {
-        if (elect_lane()) {
+    if (elect_lane()) {
+        ring.init(2 * Shape::row_groups, warp, Shape::threads / warp_size);
+        if (warp == Shape::warps) {
             prefetch_tensor_map(&weights);
             prefetch_tensor_map(&activations);
-            ring.init(2 * Shape::row_groups);
         }
-        __syncwarp();
     }
+    __syncwarp();
     __syncthreads();
     const Source<Ring, Shape::zeros> source{ring, &weights, &activations, problem, Work{first_row, first_token, 0, blocks},
         Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
@@ -205,6 +217,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     const int set = share / 2;
     float sum[Shape::row_tiles][token_tiles][4] = {};
     Cursor<Ring> at(set);
+#pragma unroll 1
     for (int block = set; block < blocks; block += Shape::sets) {
         barrier_wait(ring.full(at.fill), at.parity);
         narrow_multiply<Shape>(sum, ring.weights(at.stage), ring.activations(at.stage), ring.scales(at.stage), half,

@@ -51,12 +51,12 @@ struct Ring {
     __device__ std::uint32_t full(int fill) const { return base + barriers_at + 8 * fill; }
     __device__ std::uint32_t empty(int stage) const { return base + barriers_at + 8 * (full_barriers + stage); }
 
-    __device__ void init(int consumers_of_a_stage) const {
-        for (int fill = 0; fill < full_barriers; ++fill) {
-            barrier_init(full(fill), arrivals_of_a_fill);
-        }
-        for (int stage = 0; stage < stages; ++stage) {
-            barrier_init(empty(stage), consumers_of_a_stage);
+    // By one lane of each warp: a single one would take longer than the first copies.
+    __device__ void init(int consumers_of_a_stage, int warp, int warps) const {
+        constexpr int barriers = full_barriers + stages;
+#pragma unroll 1
+        for (int i = warp; i < barriers; i += warps) {
+            barrier_init(base + barriers_at + 8 * i, i < full_barriers ? arrivals_of_a_fill : consumers_of_a_stage);
         }
         barrier_init_fence();
     }
@@ -164,6 +164,7 @@ struct Source {
         const int ahead = min(work.blocks, Ring::stages);
         const bool elected = elect_lane();
         if (elected) {
+#pragma unroll 1
             for (int i = warp; i < ahead; i += warps) {
                 copy_weights(i, i, i);
                 if (problem.dependence == independent) { // in the order of need, there is nothing to wait for
@@ -172,11 +173,13 @@ struct Source {
             }
         }
         __syncwarp();
+#pragma unroll 1
         for (int i = warp; i < ahead; i += warps) {
             copy_scales(i, i, i, lane);
         }
         if (problem.dependence != independent && elected) {
             wait_for_dependencies();
+#pragma unroll 1
             for (int i = warp; i < ahead; i += warps) {
                 copy_activations(i, i, i);
             }
@@ -190,6 +193,7 @@ struct Source {
         int fill = Ring::stages;
         int parity = 0;
         if (elect_lane()) {
+#pragma unroll 1
             for (int i = Ring::stages; i < work.blocks; ++i) {
                 barrier_wait(ring.empty(stage), parity);
                 copy_weights(stage, fill, i);
@@ -206,6 +210,7 @@ struct Source {
         int stage = 0;
         int fill = Ring::stages;
         int parity = 0;
+#pragma unroll 1
         for (int i = Ring::stages; i < work.blocks; ++i) {
             barrier_wait(ring.empty(stage), parity);
             copy_scales(stage, fill, i, lane);

@@ -2,7 +2,7 @@
 //
 // A CTA owns 64 * row_groups columns of W ("rows", they are the rows of the product) and a share of K; the CTAs of a
 // cluster share K among them and add up through each other's shared memory in a fixed order.  Each consumer warpgroup
-// has 64 rows; with `sets` > 1, as many warpgroups have the same rows and take stages of 128 of K in turn.
+// has 64 rows; with `sets` > 1, as many warpgroups have the same rows and take stages in turn.
 //
 // Weights become operands 32 of K at a time, in one of `buffers` sets of registers, while the tensor cores work on the
 // ones before.  Scales are applied in one of two ways:
@@ -17,8 +17,8 @@
 
 namespace w4a16::decode {
 
-template <int row_groups_, int sets_, int tokens_, int stages_, bool zeros_, bool folded_, int buffers_,
-    int ctas_per_sm_> // 0 stages: as many as fit
+template <int row_groups_, int sets_, int tokens_, int stage_k_, int stages_, bool zeros_, bool folded_,
+    int buffers_, int ctas_per_sm_> // 0 stages: as many as fit
 struct WideShape {
     static constexpr int row_groups = row_groups_;
     static constexpr int sets = sets_;
@@ -31,7 +31,7 @@ struct WideShape {
     static constexpr int warpgroups = row_groups * sets;
     static constexpr int consumers = warpgroups * 128;
     static constexpr int threads = consumers + producer_warps * warp_size;
-    using Ring = FittingRing<rows, tokens, 128, 64, zeros, stages_, ctas_per_sm>;
+    using Ring = FittingRing<rows, tokens, stage_k_, 64, zeros, stages_, ctas_per_sm>;
     static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
     static_assert(!(zeros && folded), "a zero is added to each weight");
     static_assert(buffers == 2 || buffers == 4, "a stage of 4 spans starts with the first buffer");
@@ -100,14 +100,14 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     if (problem.dependence == release_early) {
         release_dependents();
     }
-    if (warp == warps) {
-        if (elect_lane()) {
+    if (elect_lane()) {
+        ring.init(Shape::row_groups * 4, warp, Shape::threads / warp_size);
+        if (warp == warps) {
             prefetch_tensor_map(&weights);
             prefetch_tensor_map(&activations);
-            ring.init(Shape::row_groups * 4);
         }
-        __syncwarp();
     }
+    __syncwarp();
     __syncthreads();
     const Source<Ring, Shape::zeros> source{
         ring, &weights, &activations, problem, Work{first_row, first_token, first_block, blocks}, Ring::activation_bytes};
@@ -125,14 +125,13 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     const int set = warp / 4 / Shape::row_groups;
     const int row = row_group * 64 + warp % 4 * 16 + lane / 4; // and 8 below
     constexpr int row_bytes = Ring::stage_k / 2;
-    std::uint32_t word_offset[4]; // of 32 of K each; rows of 64 bytes are swizzled over 4 chunks, two rows to a line
+    constexpr int spans = Ring::stage_k / 32;
+    std::uint32_t word_offset[spans]; // of 32 of K each; a line of 128 bytes has its chunks swizzled by its number
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        word_offset[i] = row * row_bytes + lane % 4 * 4 + ((i ^ lane / 8) << 4);
+    for (int i = 0; i < spans; ++i) {
+        word_offset[i] = row * row_bytes + lane % 4 * 4 + ((i ^ (spans == 8 ? lane / 4 : lane / 8)) << 4);
         asm volatile("" : "+r"(word_offset[i])); // else it is computed anew in every round
     }
-    // Stages start at a multiple of the group, or groups at a multiple of the stage, so this holds for every stage.
-    const int second_scales = (64 >> problem.group_shift) * Ring::scale_row_bytes;
     const std::uint64_t first_tile = tile_descriptor(ring.activations(0));
 
     WideSums<Shape> sums;
@@ -146,17 +145,17 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         const std::uint32_t scales = ring.scales(at.stage) + row * 2;
         __half2 scale[2];
         __half2 zero[2];
-        std::uint32_t word[4][2];
+        std::uint32_t word[spans][2];
 #pragma unroll
-        for (int span = 0; span < 4; ++span) {
+        for (int span = 0; span < spans; ++span) {
             word[span][0] = load_word(words + word_offset[span]);
             word[span][1] = load_word(words + word_offset[span] + 8 * row_bytes);
         }
         // No branch in here: ptxas serialises every wgmma (C7513) where one leads past a group in flight.
 #pragma unroll
-        for (int span = 0; span < 4; ++span) {
+        for (int span = 0; span < spans; ++span) {
             if (!Shape::folded && span % 2 == 0) {
-                const std::uint32_t scales_here = scales + span / 2 * second_scales;
+                const std::uint32_t scales_here = scales + (span / 2 * 64 >> problem.group_shift) * Ring::scale_row_bytes;
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     scale[side] = __half2half2(load_half(scales_here + side * 16));
@@ -184,22 +183,23 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
                                                             : __hmul2(q[i], scale[side]));
                 }
             }
-            if (Shape::folded && span == 0) {
+            if (Shape::folded && span % 4 == 0) {
                 wgmma_wait<0>();
 #pragma unroll
                 for (int i = 0; i < buffers; ++i) {
                     hold(operand[i]);
                 }
                 sums.fold();
-                sums.scale[0] = __half2float(load_half(scales));
-                sums.scale[1] = __half2float(load_half(scales + 16));
+                const std::uint32_t scales_here = scales + (span / 4 * 128 >> problem.group_shift) * Ring::scale_row_bytes;
+                sums.scale[0] = __half2float(load_half(scales_here));
+                sums.scale[1] = __half2float(load_half(scales_here + 16));
             }
             float(&sum)[tokens / 2] = Shape::folded ? sums.part : sums.total;
             wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const std::uint64_t at_k = tile + (span / 2 * tokens * 128 + (span % 2 * 2 + i) * 32) / 16;
-                if (Shape::folded && span == 0 && i == 0) {
+                if (Shape::folded && span % 4 == 0 && i == 0) {
                     Wgmma<tokens>::template multiply<false>(
                         sum, a[i * 4], a[i * 4 + 1], a[i * 4 + 2], a[i * 4 + 3], at_k);
                 } else {
