@@ -17,7 +17,7 @@ from typing import Any
 
 from w4a16.errors import from_status
 
-API_VERSION = 2
+API_VERSION = 3
 AUTO = -1
 
 _ENVIRONMENT = "W4A16_LIBRARY"
@@ -39,6 +39,7 @@ class Source(IntEnum):
     GPTQ = 1
     AWQ = 2
     COMPRESSED_TENSORS = 3
+    BYTES = 4
 
 
 class _Versioned(ctypes.Structure):

@@ -37,7 +37,7 @@ def read_layer(tensors: Mapping[str, Any], config: LayerConfig, stream: int | No
     else:
         layer = compressed_tensors.read(views, config, _shape(views.get("weight_shape")))
     check_one_device(layer)
-    if layer.source is not Source.PLAIN and not layer.q.contiguous:
+    if layer.source is not Source.BYTES and not layer.q.contiguous:
         raise ArgumentError(
             f"{layer.q_name} is {layer.q.describe()}: expected a contiguous array"
             " (torch: .contiguous(), numpy: np.ascontiguousarray)"
