@@ -276,6 +276,8 @@ std::int64_t source_row(const Source &source, const Window &window, int row) {
     return row < window.rows ? source.rows[at] : -1;
 }
 
+constexpr int rows_ahead = 24;
+
 // The tile's rows from a source of a byte a value; whether all were 0..15.
 bool load_bytes(const Source &source, const Window &window, Tile &rows) {
     const int across = present(window.column, source.n);
@@ -283,6 +285,13 @@ bool load_bytes(const Source &source, const Window &window, Tile &rows) {
     for (int row = 0; row < tile_extent; ++row) {
         auto *line = reinterpret_cast<std::uint8_t *>(rows.lines[row]);
         const std::int64_t from = source_row(source, window, row);
+        // Rows are too far apart for the processor to see what comes next.
+        const std::int64_t later = source_row(source, window, row + rows_ahead);
+        if (later >= 0) {
+            const std::uint8_t *const next = source.q + later * source.n + window.column;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + tile_extent / 2);
+        }
         if (from < 0 || across == 0) {
             std::memset(line, fill_byte, line_bytes);
             continue;
