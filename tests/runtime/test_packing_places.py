@@ -190,7 +190,7 @@ class Counted(TorchDispatchMode):
 @pytest.mark.parametrize("act_order", ["none", "shuffled"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_packing_on_a_gpu_waits_once_and_launches_little(
-    format: str, act_order: bool, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+    format: str, act_order: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if act_order != "none" and format == "awq":
         pytest.skip("AWQ has no act-order")
