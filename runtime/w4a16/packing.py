@@ -22,6 +22,7 @@ from w4a16.formats.config import LayerConfig, QuantizationConfig, ZeroPoints
 from w4a16.formats.layer import Layer
 from w4a16.formats.order import Extent, extent
 from w4a16.formats.reading import check_supported, read_layer
+from w4a16.library import Source
 from w4a16.packed import PackedWeight, require_packed
 from w4a16.places import Place, moved, on_host, place_of
 
@@ -95,8 +96,8 @@ def pack(
         device: Where the result goes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an ordinal. Default:
             where the tensors are. Weights bound for a GPU are packed there.
         threads: For packing on the CPU; 0: all cores.
-        stream: A ``cudaStream_t`` for packing on a GPU. Default: the tensors' own (torch: the
-            current one).
+        stream: A ``cudaStream_t`` for packing on a GPU; refused for packing on the CPU. Default:
+            the tensors' own (torch: the current one).
 
     Returns:
         Arrays of the framework and on the device of the tensors: torch for torch, numpy for numpy,
@@ -134,6 +135,11 @@ def pack(
         )
     target = _ordinal(device, layer.q)
     where = layer.q.device if layer.q.device >= 0 else target
+    if stream is not None and where < 0:
+        raise ArgumentError(
+            f"stream is {stream!r}, but the weight is packed on the CPU, which has no streams:"
+            " leave it out, or pass device='cuda'"
+        )
     place = place_of(layer.q, where, stream, threads)
     sorts = layer.g_idx is not None and layer.groups > 1 and place.backend.speculates
     extents = _extent(layer, None if sorts else layer.g_idx, notes)
@@ -294,6 +300,7 @@ def _extent(layer: Layer, g_idx: View | None, notes: list[str]) -> Extent:
         None if g_idx is None else on_host(g_idx).astype(np.int64),
         layer.g_idx_name,
         notes,
+        minus_one_is_none=layer.source is Source.COMPRESSED_TENSORS,
     )
 
 
