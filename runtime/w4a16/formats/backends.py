@@ -187,7 +187,7 @@ class Torch:
         inputs = torch.arange(len(g_idx), device=self._device)
         group, order = torch.sort(g_idx.clamp(0, groups - 1).int(), stable=True)
         starts = torch.searchsorted(group, torch.arange(groups, device=self._device).int())
-        within = inputs - starts[group]
+        within = inputs - starts.index_select(0, group)
         place = (group * group_size + within).clamp_max(k - 1)
         columns = torch.full((k,), -1, dtype=torch.int32, device=self._device)
         columns.scatter_(0, place, order.int())
