@@ -135,6 +135,7 @@ def _calls(torch: Any, tactic: int, m: int, act_order: bool) -> dict[str, Callab
     )
     module = w4a16.W4A16Linear.from_packed(packed)
     x, out, gathered = half(m, _K), half(m, _N), half(m, _K)
+    batch = x[None]
     op = torch.ops.w4a16.linear.default
     weight = (packed.packed, packed.scales, packed.zeros, packed.columns, packed.bias, _K, _N)
     stream = torch.cuda.current_stream().cuda_stream
@@ -185,6 +186,7 @@ def _calls(torch: Any, tactic: int, m: int, act_order: bool) -> dict[str, Callab
     calls |= {
         "LIBRARY.run": run,
         "torch.ops.w4a16.linear": plain,
+        "torch.ops.w4a16.linear, x [1, M, K]": lambda: op(batch, *weight[:5]),
         "torch.ops.w4a16.linear, of inference tensors": lambda: op(inferred, *weight[:5]),
         "torch.ops.w4a16.linear, sizes and tactic named": lambda: op(x, *weight, tactic),
         "W4A16Linear, the tactic of the tables": lambda: module(x),

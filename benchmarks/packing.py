@@ -32,7 +32,7 @@ class Weight:
     rows: Any | None
 
     def pack(self, tensors: dict[str, Any], **options: Any) -> w4a16.PackedWeight:
-        if self.source is Source.PLAIN:
+        if self.source is Source.BYTES:
             return w4a16.pack(**tensors, group_size=GROUP, **options)
         format = self.name.split()[0]
         return w4a16.pack(tensors, format=format, group_size=GROUP, **options)
@@ -59,8 +59,8 @@ def weights(k: int, n: int) -> Iterator[Weight]:
     nibbles = words.view(np.uint8)
     q = np.stack([nibbles & 15, nibbles >> 4], -1).reshape(k, n)
     plain = {"q": q, "scales": scales}
-    yield Weight("plain", Source.PLAIN, plain, "q", None)
-    yield Weight("plain act-order", Source.PLAIN, {**plain, "g_idx": g_idx}, "q", order)
+    yield Weight("plain", Source.BYTES, plain, "q", None)
+    yield Weight("plain act-order", Source.BYTES, {**plain, "g_idx": g_idx}, "q", order)
 
 
 def best(call: Callable[[], Any], repeats: int) -> float:
@@ -79,11 +79,9 @@ def on_cpu(k: int, n: int, threads: int) -> Iterator[tuple[str, float, float]]:
     out = np.empty((n, k // 2), np.uint8)
     for weight in weights(k, n):
         q = weight.tensors[weight.q]
-        # The library takes two plain numbers a byte.
-        stored = q[:, : n // 2].copy() if weight.source is Source.PLAIN else q
         rows = None if weight.rows is None else weight.rows.ctypes.data
         alone = best(
-            lambda w=weight, s=stored, r=rows: LIBRARY.pack(  # type: ignore[misc]
+            lambda w=weight, s=q, r=rows: LIBRARY.pack(  # type: ignore[misc]
                 w.source, s.ctypes.data, k, n, out.ctypes.data, rows=r, threads=threads
             ),
             5,
@@ -100,10 +98,9 @@ def on_gpu(k: int, n: int) -> Iterator[tuple[str, float, float]]:
     for weight in weights(k, n):
         tensors = {name: torch.from_numpy(array).cuda() for name, array in weight.tensors.items()}
         q = tensors[weight.q]
-        stored = q[:, : n // 2].contiguous() if weight.source is Source.PLAIN else q
         rows = None if weight.rows is None else torch.from_numpy(weight.rows).cuda()
 
-        def launch(w: Weight = weight, s: Any = stored, r: Any = rows) -> None:
+        def launch(w: Weight = weight, s: Any = q, r: Any = rows) -> None:
             address = None if r is None else r.data_ptr()
             LIBRARY.pack_device(
                 w.source, s.data_ptr(), k, n, out.data_ptr(), stream=stream, rows=address

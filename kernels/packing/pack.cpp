@@ -255,16 +255,66 @@ int present(std::int64_t from, std::int64_t end) {
     return static_cast<int>(std::max<std::int64_t>(0, std::min<std::int64_t>(tile_extent, end - from)));
 }
 
-// The tile's rows from a source that lies along them.
+// Pairs of bytes to nibbles, the even column in the low one; whether all were 0..15.
+bool join_bytes(const std::uint8_t *from, std::uint8_t *line) {
+    std::uint16_t pairs[line_bytes];
+    std::memcpy(pairs, from, sizeof pairs);
+    std::uint16_t seen = 0;
+    for (int i = 0; i < line_bytes; ++i) {
+        seen |= pairs[i];
+        line[i] = static_cast<std::uint8_t>(pairs[i] | pairs[i] >> 4);
+    }
+    return (seen & 0xf0f0) == 0;
+}
+
+// The row of the source that a tile's row is, or -1.
+std::int64_t source_row(const Source &source, const Window &window, int row) {
+    const std::int64_t at = window.row + row;
+    if (source.rows == nullptr) {
+        return at < source.k ? at : -1;
+    }
+    return row < window.rows ? source.rows[at] : -1;
+}
+
+constexpr int rows_ahead = 24;
+
+// The tile's rows from a source of a byte a value; whether all were 0..15.
+bool load_bytes(const Source &source, const Window &window, Tile &rows) {
+    const int across = present(window.column, source.n);
+    bool good = true;
+    for (int row = 0; row < tile_extent; ++row) {
+        auto *line = reinterpret_cast<std::uint8_t *>(rows.lines[row]);
+        const std::int64_t from = source_row(source, window, row);
+        // Rows are too far apart for the processor to see what comes next.
+        const std::int64_t later = source_row(source, window, row + rows_ahead);
+        if (later >= 0) {
+            const std::uint8_t *const next = source.q + later * source.n + window.column;
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + tile_extent / 2);
+        }
+        if (from < 0 || across == 0) {
+            std::memset(line, fill_byte, line_bytes);
+            continue;
+        }
+        const std::uint8_t *const found = source.q + from * source.n + window.column;
+        if (across == tile_extent) {
+            good &= join_bytes(found, line);
+        } else {
+            std::uint8_t padded[tile_extent];
+            std::memset(padded, fill_nibble, sizeof padded);
+            std::memcpy(padded, found, static_cast<std::size_t>(across));
+            good &= join_bytes(padded, line);
+        }
+    }
+    return good;
+}
+
+// The tile's rows from a source that lies along them, two values a byte.
 void load_rows(const Source &source, const Window &window, Tile &rows) {
     const int bytes = present(window.column, source.n) / 2;
     for (int row = 0; row < tile_extent; ++row) {
         auto *line = reinterpret_cast<std::uint8_t *>(rows.lines[row]);
-        const std::int64_t at = window.row + row;
-        std::int64_t from = at < source.k ? at : -1;
-        if (source.rows != nullptr) {
-            from = row < window.rows ? source.rows[at] : -1;
-        }
+        const std::int64_t from = source_row(source, window, row);
         const bool there = from >= 0 && bytes > 0;
         if (!there || bytes < line_bytes) {
             std::memset(line, fill_byte, line_bytes);
@@ -339,16 +389,24 @@ void pack_runs(const Traits &traits, const Matrix &matrix, std::uint8_t *packed,
     });
 }
 
-void pack_rows(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed, int threads) {
-    const auto load = [&](const Window &window, Tile &tile) { load_rows(source, window, tile); };
+bool pack_rows(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed, int threads) {
+    std::atomic<bool> good{true};
+    const auto load = [&](const Window &window, Tile &tile) {
+        if (source.format != Format::bytes) {
+            load_rows(source, window, tile);
+        } else if (!load_bytes(source, window, tile)) {
+            good.store(false, std::memory_order_relaxed);
+        }
+    };
     const auto turn = [&](Tile &tile) {
         const Tile rows = tile;
         rows_to_columns(rows, tile, traits, source.format == Format::awq);
     };
     pack_runs(traits, matrix, packed, threads, load, turn);
+    return good;
 }
 
-void pack_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
+bool pack_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
     int threads) {
     const auto load = [&](const Window &window, Tile &tile) {
         load_columns(source, window.row, window.column, tile);
@@ -366,10 +424,11 @@ void pack_columns(const Traits &traits, const Source &source, const Matrix &matr
         }
     };
     pack_runs(traits, matrix, packed, threads, load, turn);
+    return true;
 }
 
 // Rows that are picked from columns: 128 columns at a time are turned into rows first, all the way down.
-void pack_gathered_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
+bool pack_gathered_columns(const Traits &traits, const Source &source, const Matrix &matrix, std::uint8_t *packed,
     int threads) {
     const std::int64_t strips = tiles_in(matrix.n);
     const std::int64_t tiles = tiles_in(source.k);
@@ -398,16 +457,17 @@ void pack_gathered_columns(const Traits &traits, const Source &source, const Mat
             store(matrix, window, columns, traits.interleaved, packed);
         }
     });
+    return true;
 }
 
 } // namespace
 
-void pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads) {
+bool pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads) {
     const Traits traits = traits_of(layout);
     const Matrix matrix{k, n};
-    const bool along_rows = source.format == Format::plain || source.format == Format::awq;
-    const auto transform = along_rows ? pack_rows : source.rows == nullptr ? pack_columns : pack_gathered_columns;
-    transform(traits, source, matrix, packed, threads);
+    const bool down_columns = source.format == Format::gptq || source.format == Format::compressed_tensors;
+    const auto transform = !down_columns ? pack_rows : source.rows == nullptr ? pack_columns : pack_gathered_columns;
+    return transform(traits, source, matrix, packed, threads);
 }
 
 void unpack(Layout layout, const std::uint8_t *packed, std::int64_t k, std::int64_t n, std::uint8_t *plain,

@@ -24,6 +24,7 @@ enum class Format {
     gptq = 1,               // [K / 8, N] words: nibble i of word [r, c] is row 8 r + i
     awq = 2,                // [K, N / 8] words: nibble i of word [r, c] is column 8 c + awq_column(i)
     compressed_tensors = 3, // [N, K / 8] words: nibble i of word [c, r] is row 8 r + i
+    bytes = 4,              // [K, N] bytes of 0..15
 };
 
 // Even columns come first, as in the packed layouts: AWQ's kernels convert two nibbles at a time as well.
@@ -41,7 +42,7 @@ constexpr int row_at(bool permuted, int nibble) {
 // What a packed weight holds where the source has no row or column: the weight 0, if there are no zeros.
 constexpr int fill_nibble = 8;
 
-// A matrix of K * N / 2 bytes.  K is a multiple of 8 in gptq and compressed_tensors, N of 8 in awq and of 2 in plain.
+// A matrix of source_bytes().  K is a multiple of 8 in gptq and compressed_tensors, N of 8 in awq and of 2 in plain.
 struct Source {
     Format format;
     std::int64_t k;
@@ -51,12 +52,18 @@ struct Source {
     const std::int32_t *rows;
 };
 
+constexpr std::int64_t source_bytes(const Source &source) {
+    return source.format == Format::bytes ? source.k * source.n : source.k * source.n / 2;
+}
+
 // All functions want K of the packed weight to be a multiple of 64, N of 8, buffers that do not overlap, and a source
 // that is no larger than the packed weight; what is larger is filled.  `threads` = 0 takes one per core; if not all of
 // them can be started, the others do their work.  std::bad_alloc is all that they throw, before anything is written.
 
-// `source.rows` are in -1..source.k - 1.
-void pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed, int threads);
+// `source.rows` are in -1..source.k - 1.  Whether all values are 0..15; what is packed is of no use if not, which only
+// Format::bytes can hold.
+[[nodiscard]] bool pack(Layout layout, const Source &source, std::int64_t k, std::int64_t n, std::uint8_t *packed,
+    int threads);
 
 // To Format::plain.
 void unpack(Layout layout, const std::uint8_t *packed, std::int64_t k, std::int64_t n, std::uint8_t *plain,

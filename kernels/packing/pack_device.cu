@@ -7,18 +7,9 @@
 // prefetch weights *before* it waits for its dependencies, which is right only if packing ended before it began.
 
 #include "pack_device.h"
-#include "tile.cuh"
+#include "pack_parameters.cuh"
 
 namespace w4a16::packing {
-
-struct PackParameters {
-    const std::uint8_t *q;
-    const std::int32_t *rows;
-    int source_k;
-    int source_n;
-    Packed packed;
-    uint4 *out;
-};
 
 // A tile's rows in the source, by block and nibble: -1 for none.  One more place in each block keeps threads of
 // different blocks in different banks.
@@ -35,6 +26,35 @@ inline __device__ void find_rows(const PackParameters &p, const TilePlace &place
         }
         rows[block][nibble] = row >= 0 && row < p.source_k ? row : -1;
     }
+}
+
+// 8 bytes of 0..15 to a word.
+inline __device__ Word joined(Word low, Word high) {
+    constexpr Word nibble = 0x0f0f0f0fu;
+    low &= nibble;
+    high &= nibble;
+    return __byte_perm(low | low >> 4, high | high >> 4, 0x6420);
+}
+
+// 8 columns of a row of bytes.
+inline __device__ Word byte_row_word(const PackParameters &p, int row, int column) {
+    const bool inside = row >= 0 && column < p.source_n;
+    const std::uint8_t *const from = p.q + std::int64_t{row} * p.source_n + column;
+    const uint2 found
+        = inside ? __ldg(reinterpret_cast<const uint2 *>(from)) : make_uint2(0x08080808u, 0x08080808u);
+    return joined(found.x, found.y);
+}
+
+// The same, if it can be read in bytes only, or ends within the word.
+inline __device__ Word byte_row_word_by_bytes(const PackParameters &p, int row, int column) {
+    const std::uint8_t *const from = p.q + std::int64_t{row} * p.source_n + column;
+    Word word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const bool inside = row >= 0 && column + i < p.source_n;
+        word |= (inside ? __ldg(from + i) & 15u : Word{fill_nibble}) << (4 * i);
+    }
+    return word;
 }
 
 // 8 columns of a row of a plain or AWQ matrix.
@@ -56,8 +76,8 @@ inline __device__ Word row_word_by_bytes(const PackParameters &p, int row, int c
     return word;
 }
 
-// A thread transposes 32 rows of 8 columns.  `aligned`: every word of q is there as a whole, at its place.
-template <Format format, bool aligned>
+// A thread transposes 32 rows of 8 columns, where every word of q is there as a whole, at its place.
+template <Format format>
 __device__ void load_along_rows(const PackParameters &p, const TilePlace &place, const TileRows &rows, Tile &tile) {
     const int word_column = threadIdx.x % tile_words;
     const int block = threadIdx.x / tile_words;
@@ -67,7 +87,7 @@ __device__ void load_along_rows(const PackParameters &p, const TilePlace &place,
 #pragma unroll
     for (int i = 0; i < block_rows; ++i) {
         const int row = rows[block][i];
-        words[i / 8][i % 8] = aligned ? row_word(p, row, column) : row_word_by_bytes(p, row, column);
+        words[i / 8][i % 8] = format == Format::bytes ? byte_row_word(p, row, column) : row_word(p, row, column);
     }
 #pragma unroll
     for (auto &eight : words) {
@@ -78,6 +98,31 @@ __device__ void load_along_rows(const PackParameters &p, const TilePlace &place,
         const Block found{{words[0][i], words[1][i], words[2][i], words[3][i]}};
         const int at = 8 * word_column + (format == Format::awq ? awq_column(i) : i);
         tile.at(at, block) = vector_of(found, p.packed.flip);
+    }
+}
+
+// The same from anywhere, 8 rows at a time: all at once are more loads than there are registers for.
+template <Format format>
+__device__ void load_along_rows_by_bytes(const PackParameters &p, const TilePlace &place, const TileRows &rows,
+    Tile &tile) {
+    static_assert(format == Format::plain || format == Format::bytes, "AWQ's words are always at their place");
+    const int word_column = threadIdx.x % tile_words;
+    const int block = threadIdx.x / tile_words;
+    const int column = place.first_column + 8 * word_column;
+#pragma unroll 1
+    for (int part = 0; part < block_rows / 8; ++part) {
+        Word words[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int row = rows[block][8 * part + i];
+            words[i] = format == Format::bytes ? byte_row_word_by_bytes(p, row, column)
+                                               : row_word_by_bytes(p, row, column);
+        }
+        transpose(words);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            reinterpret_cast<Word *>(&tile.at(8 * word_column + i, block))[part] = words[i] ^ p.packed.flip;
+        }
     }
 }
 
@@ -199,7 +244,7 @@ __device__ void copy_columns(const PackParameters &p, const TilePlace &place, co
 // 128 threads with 32 words in flight each: 4 of these blocks on an SM have more of them in flight than DRAM needs.
 template <Format format, bool aligned>
 __global__ void __launch_bounds__(tile_threads, 4) pack_kernel(const PackParameters p) {
-    constexpr bool along_rows = format == Format::plain || format == Format::awq;
+    constexpr bool along_rows = format != Format::gptq && format != Format::compressed_tensors;
     __shared__ TileRows rows;
     const TilePlace place = tile_place(p.packed);
     if (along_rows || p.rows != nullptr) {
@@ -221,8 +266,10 @@ __global__ void __launch_bounds__(tile_threads, 4) pack_kernel(const PackParamet
         __shared__ Tile tile;
         if constexpr (format == Format::gptq) {
             load_along_columns(p, place, rows, tile);
+        } else if constexpr (aligned) {
+            load_along_rows<format>(p, place, rows, tile);
         } else {
-            load_along_rows<format, aligned>(p, place, rows, tile);
+            load_along_rows_by_bytes<format>(p, place, rows, tile);
         }
         __syncthreads();
         uint4 vectors[Share::turns];
@@ -251,10 +298,19 @@ void pack_device(Layout layout, const Source &source, std::int64_t k, std::int64
     const auto tiles = static_cast<unsigned int>(tile_count(parameters.packed));
     const auto launch = [&](auto kernel) { kernel<<<tiles, tile_threads, 0, stream>>>(parameters); };
     const auto address = reinterpret_cast<std::uintptr_t>(source.q);
+    const bool down_columns = source.format == Format::gptq || source.format == Format::compressed_tensors;
+    if (down_columns && source.rows != nullptr && pack_picked_device(parameters, source.format, stream)) {
+        return;
+    }
     switch (source.format) {
     case Format::plain: {
         const bool aligned = address % sizeof(Word) == 0 && source.n % 8 == 0;
         launch(aligned ? pack_kernel<Format::plain, true> : pack_kernel<Format::plain, false>);
+        break;
+    }
+    case Format::bytes: {
+        const bool aligned = address % sizeof(uint2) == 0 && source.n % 8 == 0;
+        launch(aligned ? pack_kernel<Format::bytes, true> : pack_kernel<Format::bytes, false>);
         break;
     }
     case Format::gptq:

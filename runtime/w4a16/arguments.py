@@ -16,6 +16,12 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def at_least(name: str, value: float | None, least: int) -> None:
+    """Raises :class:`w4a16.ArgumentError` for a number on the command line that is too small."""
+    if value is not None and value < least:
+        raise ArgumentError(f"{name} is {value:g}: expected {least} or more")
+
+
 class Argument(NamedTuple):
     """An array as far as it is checked, whatever framework it comes from."""
 

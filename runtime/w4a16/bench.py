@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from w4a16 import tactics
+from w4a16.arguments import at_least
 from w4a16.console import console
 from w4a16.errors import UnsupportedError
 from w4a16.library import LIBRARY, Problem
@@ -173,11 +174,11 @@ def register(app: typer.Typer) -> None:
     """Adds ``w4a16 bench``."""
     import typer
 
-    rows = typer.Argument(..., min=1, metavar="M", help="Rows of activations.")
-    outputs = typer.Argument(..., min=8, metavar="N", help="Outputs.")
-    inputs = typer.Argument(..., min=64, metavar="K", help="Inputs.")
+    rows = typer.Argument(..., metavar="M", help="Rows of activations.")
+    outputs = typer.Argument(..., metavar="N", help="Outputs.")
+    inputs = typer.Argument(..., metavar="K", help="Inputs.")
     group_size = typer.Option(
-        128, "--group", min=0, metavar="SIZE", help="Inputs that share a scale; 0: all."
+        128, "--group", metavar="SIZE", help="Inputs that share a scale; 0: all."
     )
     with_zeros = typer.Option(False, "--zeros", help="With zero points.")
     with_bias = typer.Option(False, "--bias", help="With a bias.")
@@ -186,7 +187,7 @@ def register(app: typer.Typer) -> None:
         False, "--latency", help="Also the time of calls without a CUDA graph."
     )
     ordinal = typer.Option(
-        None, "--device", min=0, metavar="N", help="CUDA device. Default: the current one."
+        None, "--device", metavar="N", help="CUDA device. Default: the current one."
     )
     as_json = typer.Option(False, "--json", help="Print JSON.")
 
@@ -204,6 +205,9 @@ def register(app: typer.Typer) -> None:
         json_: bool = as_json,
     ) -> None:
         """Time every tactic on one product [M, K] x [K, N]."""
+        at_least("M", m, 1)
+        at_least("--group", group, 0)
+        at_least("--device", device, 0)
         result = bench(
             m,
             n,

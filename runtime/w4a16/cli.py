@@ -17,7 +17,7 @@ import typer
 
 from w4a16.errors import ArgumentError, DeviceError, W4A16Error, W4A16Warning
 
-_MODULES = ("info", "doctor", "check", "bench", "tune", "convert")
+_MODULES = ("info", "doctor", "check", "bench", "tune", "convert", "verify")
 
 
 def build() -> typer.Typer:

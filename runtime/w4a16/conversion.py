@@ -198,8 +198,9 @@ class Run:
         free = shutil.disk_usage(self._partial.root).free
         if needed > free:
             raise OutputError(
-                f"{self._partial.target} needs {size_of(needed)}, but {size_of(free)} are"
-                " free there: make room, or give another folder"
+                f"{self._partial.target} needs {size_of(needed)}"
+                f"{' more' if self._records else ''}, but {size_of(free)} are free on the disk of"
+                f" {self._partial.root.parent}: make room there, or give an OUT_DIR on another disk"
             )
 
     # Shards.

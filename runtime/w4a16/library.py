@@ -9,7 +9,7 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -39,6 +39,7 @@ class Source(IntEnum):
     GPTQ = 1
     AWQ = 2
     COMPRESSED_TENSORS = 3
+    BYTES = 4
 
 
 class _Versioned(ctypes.Structure):
@@ -235,8 +236,21 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
 # A _Problem and the _Args that point to it, one after the other.
 _LAUNCH = struct.Struct("=Ii4qii2I9Q")
 _PROBLEM_SIZE = ctypes.sizeof(_Problem)
+_MOST_STREAMS = 1024
 _ARGS_SIZE = ctypes.sizeof(_Args)
 assert _LAUNCH.size == _PROBLEM_SIZE + _ARGS_SIZE, "the structs have no padding"
+
+
+# The same apart, for launches that are prepared: the problem, and the arguments with the addresses
+# of the weight's arrays as one piece.
+_PREPARED_PROBLEM = struct.Struct("=Ii4qii")
+_WEIGHT = struct.Struct("=4Q")
+_PREPARED = struct.Struct("=2I2Q32s3Q")
+assert _PREPARED_PROBLEM.size == _PROBLEM_SIZE, "the struct has no padding"
+assert _PREPARED.size == _ARGS_SIZE, "the struct has no padding"
+
+Launch = Callable[[int, int, int, int, bool], None]
+"""Launches on the current device: addresses of a, c and workspace (0: none), and the stream."""
 
 
 class _Frame(threading.local):
@@ -275,6 +289,11 @@ class Library:
         except AttributeError as error:
             raise ImportError(f"{path} is not a library of this package: {error}") from error
         self._run = self._functions["run"]
+        self._gather = self._functions["gather_columns"]
+        # Without declared parameters, which ctypes is quicker to call: only with what it passes
+        # right by itself.
+        self._quick_run = dll["w4a16_run"]
+        self._streams: dict[int, ctypes.c_void_p] = {}
         self._frame = _Frame()
         self.build = self._build()
         self.tactics = tuple(self._tactic(i) for i in range(self.build.tactic_count))
@@ -396,6 +415,54 @@ class Library:
         if status != 0:
             raise from_status(status, self._last_error())
 
+    def prepared(
+        self,
+        tactic: int,
+        quant_op: int,
+        m: int,
+        n: int,
+        k: int,
+        group_size: int,
+        b: int,
+        scales: int,
+        zeros: int,
+        bias: int,
+        workspace_bytes: int,
+    ) -> Launch:
+        """:meth:`run` for many launches of one product: all that stays the same is written down
+        here. What is returned may be called from any thread at any time. 0 is a NULL pointer."""
+        problem = ctypes.create_string_buffer(
+            _PREPARED_PROBLEM.pack(_PROBLEM_SIZE, quant_op, m, n, k, group_size, bias != 0, 0),
+            _PROBLEM_SIZE,
+        )
+        weight = _WEIGHT.pack(b, scales, zeros, bias)
+        address, size = ctypes.addressof(problem), _ARGS_SIZE
+        run, pack, streams = self._quick_run, _PREPARED.pack, self._streams
+
+        def launch(a: int, c: int, workspace: int, stream: int, overlap: bool) -> None:
+            # Bytes of its own for each call: other threads may be launching the same product.
+            args = pack(size, overlap, address, a, weight, c, workspace, workspace_bytes)
+            try:
+                on = streams[stream]
+            except KeyError:
+                on = self._stream(stream)
+            status = run(tactic, args, on)
+            if status != 0:
+                self._refused(status, problem)
+
+        return launch
+
+    def _stream(self, stream: int) -> ctypes.c_void_p:
+        if len(self._streams) >= _MOST_STREAMS:
+            self._streams.clear()
+        pointer = self._streams[stream] = ctypes.c_void_p(stream)
+        return pointer
+
+    def _refused(self, status: int, problem: object) -> None:
+        """``problem`` is what a launch's arguments point to: named here, it lives as long as the
+        launch."""
+        raise from_status(status, self._last_error())
+
     def pack(
         self,
         source: Source,
@@ -456,7 +523,9 @@ class Library:
         stream: int,
     ) -> None:
         """``w4a16_gather_columns``: ``out[i, j] = x[i, columns[j]]``, 0 where there is none."""
-        self._call("gather_columns", x, m, x_stride, k_in, columns, k_out, out, stream)
+        status = self._gather(x, m, x_stride, k_in, columns, k_out, out, stream)
+        if status != 0:
+            raise from_status(status, self._last_error())
 
 
 def find_library() -> Path:

@@ -14,6 +14,7 @@ from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight, round_up
 from w4a16.errors import ArgumentError
 from w4a16.formats.config import ZeroPoints
 from w4a16.packed import PackedWeight, require_packed
+from w4a16.support import require_kernel
 from w4a16.torch_ops import arguments_of, register_torch_ops
 
 register_torch_ops()
@@ -95,7 +96,8 @@ class W4A16Linear(nn.Module):
     ) -> W4A16Linear:
         """A layer to load a state dict into; on the meta device with ``assign=True``.
 
-        ``group_size`` 0 or -1 is per column. ``k`` and ``n`` are the padded sizes; by default
+        ``group_size`` 0 or -1 is per column; :class:`w4a16.UnsupportedError` where no kernel takes
+        it, as :func:`w4a16.pack` raises. ``k`` and ``n`` are the padded sizes; by default
         ``in_features`` rounded up to whole groups and multiples of 64, and ``out_features`` to 8.
         """
         for size, value in (("in_features", in_features), ("out_features", out_features)):
@@ -105,6 +107,14 @@ class W4A16Linear(nn.Module):
         k = round_up(in_features, unit) if k is None else k
         n = round_up(out_features, N_MULTIPLE) if n is None else n
         groups = (k // group_size, n) if group_size > 0 else (1, n)
+        require_kernel(
+            n,
+            k,
+            groups[0],
+            zeros=zeros,
+            bias=bias,
+            described=f"K = {in_features}, N = {out_features} and group size {group_size}",
+        )
         shapes: dict[str, tuple[int, ...]] = {"packed": (n, k // 2), "scales": groups}
         if zeros:
             shapes["zeros"] = groups

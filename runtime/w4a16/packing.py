@@ -17,11 +17,12 @@ from w4a16.arguments import Argument, check_weight
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError, W4A16Warning
 from w4a16.formats import values
-from w4a16.formats.backends import Backend
+from w4a16.formats.backends import Backend, Extremes
 from w4a16.formats.config import LayerConfig, QuantizationConfig, ZeroPoints
 from w4a16.formats.layer import Layer
 from w4a16.formats.order import Extent, extent
 from w4a16.formats.reading import check_supported, read_layer
+from w4a16.library import Source
 from w4a16.packed import PackedWeight, require_packed
 from w4a16.places import Place, moved, on_host, place_of
 
@@ -95,8 +96,8 @@ def pack(
         device: Where the result goes: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, an ordinal. Default:
             where the tensors are. Weights bound for a GPU are packed there.
         threads: For packing on the CPU; 0: all cores.
-        stream: A ``cudaStream_t`` for packing on a GPU. Default: the tensors' own (torch: the
-            current one).
+        stream: A ``cudaStream_t`` for packing on a GPU; refused for packing on the CPU. Default:
+            the tensors' own (torch: the current one).
 
     Returns:
         Arrays of the framework and on the device of the tensors: torch for torch, numpy for numpy,
@@ -105,10 +106,10 @@ def pack(
         input), which changes no result. Scales, zeros and bias are float16; other dtypes are
         rounded to it. Zeros are left out if all zero points are 8.
 
-    On a GPU the big array is neither copied nor moved (``q``: one copy, half as large), and
-    everything is ordered on the stream; checks of scales and zero points wait for it once or
-    twice, and act-order reads ``g_idx``. Arrays of frameworks other than torch have their scales
-    and zero points converted on the host.
+    On a GPU the big array is neither copied nor moved, and everything is ordered on the stream.
+    For torch's tensors all checks of numbers wait for it once, together, and a second time only
+    where they find something. Arrays of frameworks other than torch have scales, zero points and
+    ``g_idx`` (and a copy of ``q``, to check it) read on the host.
 
     Raises:
         ArgumentError: Arrays that cannot be used, or arguments that contradict each other.
@@ -133,21 +134,18 @@ def pack(
             " belongs to: read as a weight without act-order"
         )
     target = _ordinal(device, layer.q)
-    order = None if layer.g_idx is None else on_host(layer.g_idx).astype(np.int64)
-    extents = extent(
-        layer.in_features,
-        layer.out_features,
-        layer.groups,
-        layer.group_size,
-        order,
-        layer.g_idx_name,
-        notes,
-    )
-    check_supported(layer, extents)
     where = layer.q.device if layer.q.device >= 0 else target
+    if stream is not None and where < 0:
+        raise ArgumentError(
+            f"stream is {stream!r}, but the weight is packed on the CPU, which has no streams:"
+            " leave it out, or pass device='cuda'"
+        )
     place = place_of(layer.q, where, stream, threads)
+    sorts = layer.g_idx is not None and layer.groups > 1 and place.backend.speculates
+    extents = _extent(layer, None if sorts else layer.g_idx, notes)
+    check_supported(layer, extents)
     with place.active():
-        packed = _packed(layer, extents, zero_points, place, notes)
+        packed = _packed(layer, extents, zero_points, place, sorts, notes)
         if where != target:
             parts = {name: moved(array, target) for name, array in packed.arrays().items()}
             packed = replace(packed, **parts)
@@ -293,41 +291,94 @@ def _layer_config(
 # ---- Packing ----
 
 
+def _extent(layer: Layer, g_idx: View | None, notes: list[str]) -> Extent:
+    return extent(
+        layer.in_features,
+        layer.out_features,
+        layer.groups,
+        layer.group_size,
+        None if g_idx is None else on_host(g_idx).astype(np.int64),
+        layer.g_idx_name,
+        notes,
+        minus_one_is_none=layer.source is Source.COMPRESSED_TENSORS,
+    )
+
+
 def _packed(
     layer: Layer,
     extents: Extent,
     zero_points: ZeroPoints | None,
     place: Place,
+    sorts: bool,
     notes: list[str],
 ) -> PackedWeight:
+    """``sorts``: by ``layer.g_idx``, which ``extents`` leave out."""
+    backend = place.backend
+    seen = Extremes(backend)
+    columns = rows = packed = None
+    if sorts:
+        columns = rows = _sorted_rows(layer, extents, place, seen)
+    elif extents.columns is not None:
+        columns = place.give(extents.columns)
+        rows = _rows(layer, extents, columns)
+    if backend.speculates:  # the GPU packs while the rest is put on its stream
+        packed = place.pack(layer, extents, rows, seen)
     raw = values.Raw(
         scales=place.take(layer.scales),
         points=None if layer.points is None else place.take(layer.points.stored),
         bias=None if layer.bias is None else place.take(layer.bias),
     )
-    found = values.convert(layer, raw, extents, zero_points, place.backend, notes)
+    begun = values.begin(layer, raw, extents, zero_points, backend, seen)
+    if sorts and not _is_order(layer, seen):
+        # Wrong, or not meant: what to say of it, and what to do, is found on the host.
+        extents = _extent(layer, layer.g_idx, notes)
+        columns = None if extents.columns is None else place.give(extents.columns)
+        packed = place.pack(layer, extents, _rows(layer, extents, columns), seen)
+    elif sorts and extents.columns is None and seen["g_idx moved"] == (0, 0):
+        columns = None
+    found = values.finish(layer, raw, extents, begun, zero_points, backend, seen, notes)
+    if packed is None:
+        packed = place.pack(layer, extents, rows, seen)
+    place.check_packed(layer, seen)
 
     def given(array: Any) -> Any:
         return None if array is None else place.give(array)
 
     return PackedWeight(
-        packed=place.pack(layer, extents, _rows(layer, extents)),
+        packed=packed,
         scales=given(found.scales),
         zeros=given(found.zeros),
-        columns=given(extents.columns),
+        columns=columns,
         bias=given(found.bias),
         in_features=layer.in_features,
         out_features=layer.out_features,
     )
 
 
-def _rows(layer: Layer, extents: Extent) -> Any:
+def _sorted_rows(layer: Layer, extents: Extent, place: Place, seen: Extremes) -> Any:
+    """Columns of the weight, by the backend; what tells whether they are right goes to ``seen``."""
+    assert layer.g_idx is not None
+    g_idx = place.take(layer.g_idx)
+    found = place.backend.sorted_rows(g_idx, layer.groups, layer.group_size, extents.k)
+    seen.add("g_idx", g_idx)
+    seen.add("g_idx within", found.within)
+    seen.add("g_idx moved", found.moved)
+    return found.columns
+
+
+def _is_order(layer: Layer, seen: Extremes) -> bool:
+    """Whether ``g_idx`` names groups that are there, and none of them too often."""
+    lowest, highest = seen["g_idx"]
+    most = seen["g_idx within"][1] + 1
+    return lowest >= 0 and highest < layer.groups and most <= layer.group_size
+
+
+def _rows(layer: Layer, extents: Extent, columns: Any) -> Any:
     """The row of ``q`` for each packed row; None: in their order, and the library fills up, which
     is faster."""
-    columns = extents.columns
     if columns is None or layer.source_k != layer.in_features:
         return columns
-    return None if _in_order(columns, layer.in_features) else columns
+    return None if _in_order(extents.columns, layer.in_features) else columns
 
 
 def _in_order(columns: Any, in_features: int) -> bool:

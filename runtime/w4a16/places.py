@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +12,10 @@ import numpy as np
 from w4a16 import arrays, driver
 from w4a16.arrays import DeviceArray, View
 from w4a16.errors import ArgumentError
-from w4a16.formats.backends import Backend, Numpy, Torch, aligned
+from w4a16.formats.backends import Backend, Extremes, Numpy, Torch, aligned
 from w4a16.formats.layer import Layer
 from w4a16.formats.order import Extent
 from w4a16.library import LIBRARY, Source
-
-#: Bytes of a plain matrix that are worked on at a time, to stay in a core's cache.
-_CHUNK = 1 << 19
 
 
 class Place(Protocol):
@@ -40,8 +35,12 @@ class Place(Protocol):
         """What the backend made, or a numpy array, in the result's framework and place."""
         ...
 
-    def pack(self, layer: Layer, extent: Extent, rows: Any) -> Any:
-        """uint8 ``[n, k/2]`` in the result's framework and place."""
+    def pack(self, layer: Layer, extent: Extent, rows: Any, seen: Extremes) -> Any:
+        """uint8 ``[n, k/2]`` in the result's framework and place, as are ``rows``."""
+        ...
+
+    def check_packed(self, layer: Layer, seen: Extremes) -> None:
+        """Raises :class:`w4a16.ArgumentError` for numbers above 15 among those that were packed."""
         ...
 
     def unpack(self, packed: View) -> Any:
@@ -67,26 +66,28 @@ class Host:
         dense = _aligned(array)
         return sys.modules["torch"].from_numpy(dense) if self._as_torch else dense
 
-    def pack(self, layer: Layer, extent: Extent, rows: Any) -> Any:
-        q, source_n = layer.q.address, layer.out_features
-        nibbles = None
-        if layer.source is Source.PLAIN:
-            nibbles = pairs_on_host(on_host(layer.q), self._threads)
-            q, source_n = nibbles.ctypes.data, nibbles.shape[1] * 2
+    def pack(self, layer: Layer, extent: Extent, rows: Any, seen: Extremes) -> Any:
+        q = dense_on_host(layer.q)
         packed = aligned((extent.n, extent.k // 2), "uint8")
-        LIBRARY.pack(
-            layer.source,
-            q,
-            extent.k,
-            extent.n,
-            packed.ctypes.data,
-            source_k=layer.source_k,
-            source_n=source_n,
-            rows=None if rows is None else rows.ctypes.data,
-            threads=self._threads,
-        )
-        del nibbles
+        try:
+            LIBRARY.pack(
+                layer.source,
+                q.ctypes.data,
+                extent.k,
+                extent.n,
+                packed.ctypes.data,
+                source_k=layer.source_k,
+                source_n=layer.out_features,
+                rows=None if rows is None else arrays.view(rows, "rows").address,
+                threads=self._threads,
+            )
+        except ArgumentError:
+            check_numbers(layer, q)  # says it by its name
+            raise
         return self.give(packed)
+
+    def check_packed(self, layer: Layer, seen: Extremes) -> None:
+        pass  # by the library
 
     def unpack(self, packed: View) -> Any:
         return unpacked_on_host(on_host(packed), self._threads)
@@ -131,14 +132,11 @@ class TorchGpu:
             array = self._torch.from_numpy(array).to(f"cuda:{self._device}")
         return array.contiguous()
 
-    def pack(self, layer: Layer, extent: Extent, rows: Any) -> Any:
+    def pack(self, layer: Layer, extent: Extent, rows: Any, seen: Extremes) -> Any:
         torch = self._torch
         q = self.take(layer.q)
-        source_n = layer.out_features
-        if layer.source is Source.PLAIN:
-            q = self._pairs(q)
-            source_n = q.shape[1] * 2
-        on_gpu = None if rows is None else self.give(rows)
+        if layer.source is Source.BYTES:
+            q = q.contiguous()
         shape = (extent.n, extent.k // 2)
         packed = torch.empty(shape, dtype=torch.uint8, device=f"cuda:{self._device}")
         LIBRARY.pack_device(
@@ -149,10 +147,18 @@ class TorchGpu:
             packed.data_ptr(),
             stream=self._current(),
             source_k=layer.source_k,
-            source_n=source_n,
-            rows=None if on_gpu is None else on_gpu.data_ptr(),
+            source_n=layer.out_features,
+            rows=None if rows is None else rows.data_ptr(),
         )
+        if layer.source is Source.BYTES:
+            seen.add("q", q)
         return packed
+
+    def check_packed(self, layer: Layer, seen: Extremes) -> None:
+        if layer.source is Source.BYTES and seen["q"][1] > 15:
+            q = self.take(layer.q)
+            row, column = (q > 15).nonzero()[0].tolist()
+            refuse_large(int(q[row, column]), row, column)
 
     def unpack(self, packed: View) -> Any:
         torch = self._torch
@@ -164,17 +170,6 @@ class TorchGpu:
 
     def _current(self) -> int:
         return int(self._torch.cuda.current_stream(self._device).cuda_stream)
-
-    def _pairs(self, q: Any) -> Any:
-        """As :func:`pairs_on_host`."""
-        if int(q.max()) > 15:
-            row, column = (q > 15).nonzero()[0].tolist()
-            refuse_large(int(q[row, column]), row, column)
-        if q.shape[1] % 2:
-            q = self._torch.nn.functional.pad(q, (0, 1), value=8)
-        pairs = q[:, 1::2] << 4
-        pairs |= q[:, 0::2]
-        return pairs
 
 
 class OtherGpu:
@@ -201,15 +196,14 @@ class OtherGpu:
             np.ascontiguousarray(array), device=self._device, stream=self._stream
         )
 
-    def pack(self, layer: Layer, extent: Extent, rows: Any) -> Any:
-        view, source_n = layer.q, layer.out_features
-        if layer.source is Source.PLAIN:
-            nibbles = pairs_on_host(on_host(view), 0)
-            source_n = nibbles.shape[1] * 2
-            view = self._view(nibbles)
-        elif view.device < 0:
-            view = self._view(on_host(view))
-        on_gpu = None if rows is None else self._view(rows)
+    def pack(self, layer: Layer, extent: Extent, rows: Any, seen: Extremes) -> Any:
+        view = layer.q
+        if layer.source is Source.BYTES or view.device < 0:
+            q = dense_on_host(view)
+            check_numbers(layer, q)
+            if view.device < 0 or not view.contiguous:
+                view = self._view(q)
+        on_gpu = None if rows is None else arrays.view(rows, "rows", stream=self._stream)
         packed = DeviceArray(
             (extent.n, extent.k // 2), "uint8", device=self._device, stream=self._stream
         )
@@ -221,12 +215,15 @@ class OtherGpu:
             packed.address,
             stream=self._stream,
             source_k=layer.source_k,
-            source_n=source_n,
+            source_n=layer.out_features,
             rows=None if on_gpu is None else on_gpu.address,
         )
         inputs = (view,) if on_gpu is None else (view, on_gpu)
         arrays.used(self._stream, inputs, arrays.view(packed, "packed", stream=self._stream))
         return packed
+
+    def check_packed(self, layer: Layer, seen: Extremes) -> None:
+        pass  # before it was packed
 
     def unpack(self, packed: View) -> Any:
         return unpacked_on_host(on_host(packed), 0)
@@ -291,31 +288,16 @@ def unpacked_on_host(packed: Any, threads: int) -> Any:
     return plain
 
 
-def pairs_on_host(q: Any, threads: int) -> Any:
-    """uint8 ``[K, ceil(N/2)]``, the even column in the low nibble, from uint8 ``[K, N]``.
+def dense_on_host(view: View) -> Any:
+    """As :func:`on_host`, without gaps."""
+    return np.ascontiguousarray(on_host(view))
 
-    Raises :class:`w4a16.ArgumentError` for numbers above 15.
-    """
-    k, n = q.shape
-    pairs = np.empty((k, -(-n // 2)), np.uint8)
-    step = max(1, _CHUNK // n)
 
-    def join(start: int) -> None:
-        rows = q[start : start + step]
-        if n % 2:
-            rows = np.pad(rows, ((0, 0), (0, 1)), constant_values=8)
-        words = np.ascontiguousarray(rows).view("<u2")
-        if np.bitwise_or.reduce(words, axis=None) & 0xF0F0:
-            row, column = (int(index) for index in np.argwhere(rows > 15)[0])
-            refuse_large(int(rows[row, column]), start + row, column)
-        # The upper byte falls away.
-        np.bitwise_or(words, words >> 4, out=pairs[start : start + step], casting="unsafe")
-
-    # numpy lets other threads run while it computes.
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(join, range(0, k, step)):
-            pass
-    return pairs
+def check_numbers(layer: Layer, q: Any) -> None:
+    """Raises :class:`w4a16.ArgumentError` for a byte above 15, where each holds one number."""
+    if layer.source is Source.BYTES and q.max() > 15:
+        row, column = (int(index) for index in np.argwhere(q > 15)[0])
+        refuse_large(int(q[row, column]), row, column)
 
 
 def refuse_large(number: int, row: int, column: int) -> None:

@@ -90,6 +90,12 @@ def plan(
     return made
 
 
+def generation() -> object:
+    """Another object after each :func:`forget`: plans that are kept elsewhere hold while it is the
+    same."""
+    return _plans
+
+
 def choose(device: int, problem: Problem) -> Choice:
     """The tactic that :func:`plan` takes, and why."""
     known = _knowledge(device)

@@ -24,7 +24,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +33,10 @@ from w4a16 import overlap
 from w4a16.arguments import Argument, check_linear, check_weight, round_up
 from w4a16.arrays import dense_strides
 from w4a16.errors import ArgumentError, W4A16Error
-from w4a16.library import AUTO, LIBRARY, Problem, QuantOp
+from w4a16.library import AUTO, LIBRARY, Launch, Problem, QuantOp
 from w4a16.packed import PackedWeight
 from w4a16.packing import dequantize
-from w4a16.tactics import plan, resolve
+from w4a16.tactics import generation, plan, resolve
 
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
 # Defaults are not handed to Python: a call that leaves them out is microseconds faster.
@@ -80,6 +80,8 @@ _UNKNOWN = -2
 
 # An address that CUDA's allocators would give.
 _ALIGNMENT = 256
+
+_MOST_LAUNCHES = 4096
 
 _LOCK = threading.Lock()
 _library: Any = None
@@ -160,6 +162,24 @@ def linear(
 # ---- CUDA: every microsecond counts ----
 
 
+class _Prepared(NamedTuple):
+    """What every product of a weight with activations of one shape has in common."""
+
+    generation: object
+    """Of the plans that the tactic was chosen from."""
+    launch: Launch | None
+    """None: x does not go to the kernel, or the product not to the caller, as it is."""
+    inner: Launch | None
+    """The same for what is done to x first; None: without rows, or with a bias that must be padded
+    first."""
+    workspace: int
+    """Bytes."""
+    size: tuple[int, ...]
+    """Of the output, with all n columns."""
+    strides: tuple[int, ...]
+    m: int
+
+
 class _Checked:
     """Arrays that were found to make up a weight, kept with the tensor of its packed values.
 
@@ -170,7 +190,7 @@ class _Checked:
     __slots__ = (
         *("scales", "zeros", "columns", "bias", "in_given", "out_given"),
         *("bytes", "scale_count", "addresses", "device", "n", "k", "in_features", "out_features"),
-        *("quant_op", "group_size", "counts_changes", "launched"),
+        *("quant_op", "group_size", "pads_bias", "launches", "counts_changes", "launched"),
     )
 
     def __init__(
@@ -182,7 +202,6 @@ class _Checked:
         bias: Tensor | None,
         in_features: int,
         out_features: int,
-        addresses: tuple[int, int, int, int, int],
     ) -> None:
         """Arguments that are right."""
         self.scales = scales
@@ -193,7 +212,13 @@ class _Checked:
         self.out_given = out_features
         self.bytes = packed.numel()
         self.scale_count = scales.numel()
-        self.addresses = addresses
+        self.addresses = (
+            packed.data_ptr(),
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            0 if columns is None else columns.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
         self.device = packed.get_device()
         self.n = packed.shape[0]
         self.k = packed.shape[1] * 2
@@ -209,6 +234,55 @@ class _Checked:
         self.counts_changes = not any(tensor.is_inference() for tensor in read_early)
         #: What :func:`_version` gave when the weight was last launched without overlap.
         self.launched = -1
+        self.pads_bias = bias is not None and bias.shape[0] != self.n
+        self.launches: dict[Any, _Prepared] = {}
+
+    def prepare(self, x: Tensor, key: Any, tactic: int) -> _Prepared:
+        """For activations that are right, on the weight's device, which is the current one; found
+        in ``launches`` by the key from then on."""
+        known = generation()  # before the plan: who forgets meanwhile forgets this one, too
+        m = x.numel() // self.in_features
+        launch: Launch | None = None
+        workspace = 0
+        if m and not self.pads_bias:
+            found, workspace = self.plan(m, tactic)
+            launch = LIBRARY.prepared(
+                found,
+                self.quant_op,
+                m,
+                self.n,
+                self.k,
+                self.group_size,
+                *self.addresses[:3],
+                self.addresses[4],
+                workspace,
+            )
+        size = (*x.shape[:-1], self.n)
+        whole = self.columns is None and self.n == self.out_features
+        if len(self.launches) >= _MOST_LAUNCHES:
+            self.launches.clear()
+        made = self.launches[key] = _Prepared(
+            generation=known,
+            launch=launch if whole else None,
+            inner=launch,
+            workspace=workspace,
+            size=size,
+            strides=dense_strides(size),
+            m=m,
+        )
+        return made
+
+    def plan(self, m: int, tactic: int) -> tuple[int, int]:
+        """The tactic, and bytes of its workspace."""
+        problem = (m, self.n, self.k, self.group_size, self.bias is not None)
+        if tactic == AUTO:
+            return plan(self.device, self.quant_op, *problem)
+        return tactic, _workspace_size(self.device, tactic, self.quant_op, *problem)
+
+    def ran_plainly(self, version: int) -> None:
+        """The weight of that version was launched without overlap: later launches may overlap."""
+        if version >= 0 and not _capturing():  # a launch that is captured does not run now
+            self.launched = version
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of the tensor are checked anew. Whatever torch.load trusts, and is not true."""
@@ -229,13 +303,6 @@ def _linear_cuda(
 ) -> Tensor:
     """``target`` [..., n] receives the product in place of a tensor made here."""
     weight = getattr(packed, "_w4a16", None)
-    addresses = (
-        packed.data_ptr(),
-        scales.data_ptr(),
-        zeros.data_ptr() if zeros is not None else 0,
-        columns.data_ptr() if columns is not None else 0,
-        bias.data_ptr() if bias is not None else 0,
-    )
     if (
         not weight
         or weight.scales is not scales
@@ -244,24 +311,28 @@ def _linear_cuda(
         or weight.bias is not bias
         or weight.in_given != in_features
         or weight.out_given != out_features
-        or weight.addresses != addresses
         or weight.bytes != packed.numel()
         or weight.scale_count != scales.numel()
+        or weight.addresses
+        != (
+            packed.data_ptr(),
+            scales.data_ptr(),
+            0 if zeros is None else zeros.data_ptr(),
+            0 if columns is None else columns.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
     ):
         sizes = _sizes(packed, in_features, out_features)
         _check(x, packed, scales, zeros, columns, bias, *sizes)
-        weight = _Checked(
-            packed, scales, zeros, columns, bias, in_features, out_features, addresses
-        )
+        weight = _Checked(packed, scales, zeros, columns, bias, in_features, out_features)
         packed._w4a16 = weight
-    shape = x.shape
     device = weight.device
-    if (
-        x.dtype is not _HALF
-        or x.get_device() != device
-        or not shape
-        or shape[-1] != weight.in_features
-    ):
+    shape = x.shape
+    key = shape if tactic == AUTO else (shape, tactic)
+    prepared = weight.launches.get(key)
+    if x.dtype is not _HALF or x.get_device() != device:
+        prepared = None
+    if prepared is None:
         sizes = weight.in_features, weight.out_features
         _check(x, packed, scales, zeros, columns, bias, *sizes)
     if _current_device() != device:
@@ -270,16 +341,27 @@ def _linear_cuda(
                 *(x, packed, scales, zeros, columns, bias, in_features, out_features, tactic),
                 target,
             )
-    n = weight.n
-    if target is not None:
-        out = target
-    elif len(shape) == 2:
-        out = _empty_cuda((shape[0], n), (n, 1), _HALF)
+    if prepared is None or prepared[0] is not generation():
+        prepared = weight.prepare(x, key, tactic)
+    _, launch, _, bytes_needed, size, strides, _ = prepared
+    out = _empty_cuda(size, strides, _HALF) if target is None else target
+    # A launch overlaps once the same version was launched without.
+    version = _version(packed, weight) if overlap.enabled else _UNKNOWN
+    overlaps = version == weight.launched
+    a = x.data_ptr()
+    if launch is None or a & 15 or not x.is_contiguous():
+        _launch_any(x, weight, prepared, out, tactic, overlaps)
+        if not overlaps:
+            weight.ran_plainly(version)
+        return out if weight.n == weight.out_features else out[..., : weight.out_features]
+    if bytes_needed:  # memory freed here is reused in stream order
+        memory = _empty_cuda((bytes_needed,), (1,), _BYTE)
+        launch(a, out.data_ptr(), memory.data_ptr(), _raw_stream(device), overlaps)
     else:
-        size = (*shape[:-1], n)
-        out = _empty_cuda(size, dense_strides(size), _HALF)
-    _launch(x, weight, out, tactic, _version(packed, weight) if overlap.enabled else _UNKNOWN)
-    return out if n == weight.out_features else out[..., : weight.out_features]
+        launch(a, out.data_ptr(), 0, _raw_stream(device), overlaps)
+    if not overlaps:
+        weight.ran_plainly(version)
+    return out
 
 
 def _linear_out_cuda(
@@ -314,30 +396,31 @@ def _version(packed: Tensor, weight: _Checked) -> int:
     return version if weight.zeros is None else version + weight.zeros._version
 
 
-def _launch(
+def _launch_any(
     x: Tensor,
     weight: _Checked,
+    prepared: _Prepared,
     out: Tensor,
     tactic: int,
-    version: int,
+    overlaps: bool,
 ) -> None:
-    """Checked arguments on the current device; ``out`` has n columns. Memory freed here is reused
-    in stream order. A launch overlaps once the same ``version`` was launched without."""
-    m = x.numel() // weight.in_features
+    """On the current device, wherever x lies and whatever must be done to it or to the bias first;
+    ``out`` has n columns."""
+    m, launch, size = prepared.m, prepared.inner, prepared.workspace
     if m == 0:
         return
     if not x.is_contiguous():
         x = x.contiguous()
-    device, n, k = weight.device, weight.n, weight.k
-    quant_op, group_size = weight.quant_op, weight.group_size
-    packed, scales, zeros, columns, bias = weight.addresses
-    if weight.bias is not None and weight.bias.shape[0] != n:
-        padded = torch.nn.functional.pad(weight.bias, (0, n - weight.out_features))
-        bias = padded.data_ptr()
-    if tactic == AUTO:
-        tactic, size = plan(device, quant_op, m, n, k, group_size, bias != 0)
-    else:
-        size = _workspace_size(device, tactic, quant_op, m, n, k, group_size, bias != 0)
+    device, k = weight.device, weight.k
+    packed, scales, zeros, columns, _ = weight.addresses
+    if launch is None:
+        assert weight.bias is not None
+        padded = torch.nn.functional.pad(weight.bias, (0, weight.n - weight.out_features))
+        chosen, size = weight.plan(m, tactic)
+        launch = LIBRARY.prepared(
+            *(chosen, weight.quant_op, m, weight.n, k, weight.group_size),
+            *(packed, scales, zeros, padded.data_ptr(), size),
+        )
     stream = _raw_stream(device)
     a = x.data_ptr()
     workspace = 0
@@ -357,27 +440,7 @@ def _launch(
         if size:
             memory = _empty_cuda((size,), (1,), _BYTE)
             workspace = memory.data_ptr()
-    LIBRARY.run(
-        tactic,
-        quant_op,
-        m,
-        n,
-        k,
-        group_size,
-        a,
-        packed,
-        scales,
-        zeros or None,
-        bias or None,
-        out.data_ptr(),
-        workspace or None,
-        size,
-        stream,
-        version == weight.launched,
-    )
-    # A launch that is captured does not run now.
-    if version != weight.launched and version >= 0 and not _capturing():
-        weight.launched = version
+    launch(a, out.data_ptr(), workspace, stream, overlaps)
 
 
 @lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from w4a16 import cache, tables, tactics
+from w4a16.arguments import at_least
 from w4a16.console import console
 from w4a16.errors import ArgumentError, W4A16Error, W4A16Warning
 from w4a16.library import LIBRARY, Problem, QuantOp, Tactic
@@ -194,7 +195,13 @@ def cases_of(what: Any, group_size: int, zeros: bool) -> tuple[list[Case], int |
         problem = Problem(
             quant_op=case.quant_op, m=1, n=case.n, k=case.k, group_size=case.group_size
         )
-        LIBRARY.auto_tactic(problem)  # raises for a shape that no kernel takes
+        try:
+            LIBRARY.auto_tactic(problem)  # raises for a shape that no kernel takes
+        except ArgumentError as error:
+            raise type(error)(
+                f"{case}: {error}; n, k and the group size (group_size=, --group; 0: per column)"
+                " are those of the packed weight"
+            ) from error
         cases[case] = None
     if not cases:
         raise ArgumentError("nothing to tune: expected a PackedWeight or a shape (n, k)")
@@ -478,18 +485,16 @@ def register(app: typer.Typer) -> None:
     shapes = typer.Option(
         [], "--shape", metavar="NxK", help="Outputs x inputs, instead of MODEL; may be repeated."
     )
-    group_size = typer.Option(
-        128, "--group", min=0, metavar="SIZE", help="Of --shape; 0: per column."
-    )
+    group_size = typer.Option(128, "--group", metavar="SIZE", help="Of --shape; 0: per column.")
     with_zeros = typer.Option(False, "--zeros", help="Of --shape: with zero points.")
     rows = typer.Option(
         None, "--m", metavar="M,M,…", help="Rows of activations. Default: 1 to 8192."
     )
     short = typer.Option(False, "--quick", help="One short pass only.")
-    seconds = typer.Option(None, "--budget", min=1.0, metavar="SECONDS", help="Stop after that.")
+    seconds = typer.Option(None, "--budget", metavar="SECONDS", help="Stop after that.")
     dry = typer.Option(False, "--no-store", help="Do not store what was measured.")
     ordinal = typer.Option(
-        None, "--device", min=0, metavar="N", help="CUDA device. Default: the current one."
+        None, "--device", metavar="N", help="CUDA device. Default: the current one."
     )
     as_json = typer.Option(False, "--json", help="Print JSON.")
 
@@ -509,6 +514,9 @@ def register(app: typer.Typer) -> None:
         """Time every tactic on this GPU, and keep the fastest for later runs."""
         if (model is None) == (not shape):
             raise ArgumentError("give either MODEL or --shape NxK")
+        at_least("--group", group, 0)
+        at_least("--budget", budget, 1)
+        at_least("--device", device, 0)
         what: Any = [_parsed(text) for text in shape] if model is None else model_cases(Path(model))
         with _progress(quiet=json_) as progress:
             result = tune(

@@ -75,6 +75,8 @@ def packed_for(library: Library, arch: str | None, q: Any) -> Any:
 def stored(q: Any, source: Source) -> Any:
     """Numbers 0..15 ``[K, N]`` as a checkpoint has them: bytes in their order."""
     k, n = q.shape
+    if source is Source.BYTES:
+        return q.reshape(-1).astype(np.uint8)
     if source is Source.PLAIN:
         return as_bytes(q).reshape(-1)
     if source is Source.GPTQ:  # [K/8, N], 8 rows to a word
@@ -89,6 +91,8 @@ def stored(q: Any, source: Source) -> Any:
 
 def multiples_of(source: Source) -> tuple[int, int]:
     """Of what K and N of a source are multiples."""
+    if source is Source.BYTES:
+        return 1, 1
     if source is Source.PLAIN:
         return 1, 2
     return (1, 8) if source is Source.AWQ else (8, 1)

@@ -53,6 +53,7 @@ class Source(IntEnum):
     GPTQ = 1
     AWQ = 2
     COMPRESSED_TENSORS = 3
+    BYTES = 4
 
     @property
     def label(self) -> str:

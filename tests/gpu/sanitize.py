@@ -216,6 +216,8 @@ def _packings(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Hel
         for arch in (None, "sm_80"):
             for given in ((K, N), (K - 24, N - 16)):
                 q = draw.randbytes(given[0] * given[1] // 2)
+                if source is Source.BYTES:
+                    q = bytes(value & 15 for value in q + q)
                 for picked in (False, True):
                     rows = [draw.randrange(-1, given[0]) for _ in range(K)] if picked else []
                     indices = struct.pack(f"<{len(rows)}i", *rows)

@@ -494,7 +494,7 @@ WEIGHTS: list[tuple[dict[str, Any], tuple[Source, ...], str]] = [
     ({"struct_size": 64}, tuple(Source), "struct_size"),
     ({"struct_size": 2**32 - 1}, tuple(Source), "struct_size"),
     ({"source": -1}, (Source.PLAIN,), "source"),
-    ({"source": 4}, (Source.PLAIN,), "source"),
+    ({"source": 5}, (Source.PLAIN,), "source"),
     ({"source": 2**31 - 1}, (Source.PLAIN,), "source"),
     ({"arch": b"sm_70"}, tuple(Source), "arch"),
     ({"arch": b""}, tuple(Source), "arch"),
@@ -553,7 +553,7 @@ def test_a_weight_without_arguments_or_with_negative_threads_is_refused(library:
 def test_a_row_that_the_source_lacks_is_refused_by_its_index_and_nothing_is_written(
     library: Library, source: Source, wrong: int
 ) -> None:
-    q = (ctypes.c_uint8 * 960)()
+    q = (ctypes.c_uint8 * 1920)()  # enough for a byte a value
     out = (ctypes.c_uint8 * 1024)()
     rows = (ctypes.c_int32 * 128)(*range(120), *[-1] * 8)
     addresses = (ctypes.addressof(q), ctypes.addressof(rows), ctypes.addressof(out))
@@ -568,12 +568,26 @@ def test_a_row_that_the_source_lacks_is_refused_by_its_index_and_nothing_is_writ
     assert refusal(library, "pack_weight", ctypes.byref(args), 1)[0] is Status.OK
 
 
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (77, 6), (119, 14)])
+def test_a_byte_above_15_is_refused_by_its_place(library: Library, row: int, column: int) -> None:
+    q = (ctypes.c_uint8 * (120 * 15))()
+    out = (ctypes.c_uint8 * 1024)()
+    addresses = (ctypes.addressof(q), None, ctypes.addressof(out))
+    args = pack_args(Source.BYTES, None, (128, 16), (120, 15), *addresses)
+    for value in (16, 31, 128, 255):
+        q[row * 15 + column] = value
+        found = refusal(library, "pack_weight", ctypes.byref(args), 2)
+        check(found, INVALID, rf"q\[{row}\]\[{column}\] is {value}\b")
+    q[row * 15 + column] = 15
+    assert refusal(library, "pack_weight", ctypes.byref(args), 2)[0] is Status.OK
+
+
 def test_device_memory_that_is_not_aligned_is_refused_before_a_device_is_looked_for(
     library: Library,
 ) -> None:
     for source in Source:
         for member, shifts in (("q", (1, 2)), ("rows", (1, 2)), ("out", (1, 2, 4, 8))):
-            if member == "q" and source is Source.PLAIN:
+            if member == "q" and source in (Source.PLAIN, Source.BYTES):
                 continue  # bytes
             for shift in shifts:
                 args = weight_args(source)

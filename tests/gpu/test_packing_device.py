@@ -81,7 +81,7 @@ class Case:
         args = arguments(source, arch, shape, q, (data.ctypes.data, here, packed.ctypes.data))
         library.pack_weight(args)
         there = rows if spoil is None or rows is None else np.where(rows < 0, spoil, rows)
-        unit = 1 if source is Source.PLAIN else 4
+        unit = 1 if source in (Source.PLAIN, Source.BYTES) else 4
         return cls(
             library=library,
             source=source,

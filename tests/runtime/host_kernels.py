@@ -33,10 +33,21 @@ class HostKernels:
 
     def install(self, patch: pytest.MonkeyPatch, *modules: Any) -> HostKernels:
         patch.setattr(LIBRARY, "run", self.run)
+        patch.setattr(LIBRARY, "prepared", self.prepared)
         patch.setattr(LIBRARY, "gather_columns", self.gather_columns)
         for module in modules:
             patch.setattr(module, "plan", self.plan)
         return self
+
+    def prepared(self, *arguments: Any) -> Any:
+        tactic, quant_op, m, n, k, group_size, b, scales, zeros, bias, size = arguments
+
+        def launch(a: int, c: int, workspace: int, stream: int) -> None:
+            weight = (b, scales, zeros or None, bias or None)
+            given = (a, *weight, c, workspace or None, size)
+            self.run(tactic, quant_op, m, n, k, group_size, *given, stream)
+
+        return launch
 
     def plan(self, *problem: Any) -> Plan:
         self.plans.append(problem)

@@ -94,6 +94,24 @@ def test_the_command_prints_a_table() -> None:
         assert text in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("0", "4096", "4096"), "M is 0: expected 1 or more"),
+        (("1", "4", "4096"), "multiple of 8"),
+        (("1", "4096", "60"), "multiple of 8 and K of 64"),
+        (("1", "4096", "4096", "--group", "-5"), "--group is -5: expected 0 or more"),
+        (("1", "4096", "4096", "--device", "-1"), "--device is -1: expected 0 or more"),
+    ],
+)
+def test_numbers_out_of_range_are_the_packages_own_errors(
+    arguments: tuple[str, ...], reason: str
+) -> None:
+    result = run(*arguments)
+    assert isinstance(result.exception, ArgumentError), result.output
+    assert reason in str(result.exception)
+
+
 def test_the_command_prints_json() -> None:
     content = json.loads(run("1", "4096", "4096", "--zeros", "--json").stdout)
     assert content["quant_op"] == "group_scale_zero"

@@ -20,7 +20,7 @@ from w4a16.errors import (
 from w4a16.library import LIBRARY
 
 RUNTIME = Path(cli.__file__).resolve().parent.parent
-COMMANDS = ("info", "doctor", "check", "tune", "convert", "bench")
+COMMANDS = ("info", "doctor", "check", "tune", "convert", "verify", "bench")
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -102,6 +102,7 @@ def test_check_and_bench_end_with_3_without_a_gpu() -> None:
         ("bench", "1"),
         ("convert", "/not/there", "/neither"),
         ("tune",),
+        ("verify", "/not/there"),
         ("unknown",),
         ("--unknown",),
     ],

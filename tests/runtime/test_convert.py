@@ -566,7 +566,9 @@ def test_too_little_room_is_said_before_anything_is_written(
     made = model(tmp_path / "model")
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OutputError, match=r"out needs 17\.\d\d MB, but 1\.00 MB are free there"):
+    with pytest.raises(
+        OutputError, match=r"out needs 17\.\d\d MB, but 1\.00 MB are free on the disk of"
+    ):
         convert(made.path, tmp_path / "out", **SMALL)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
@@ -817,6 +819,29 @@ def test_tensors_that_are_not_as_the_manifest_says_are_refused(tmp_path: Path) -
         convert(out, tmp_path / "again")
     with pytest.raises(FormatError, match=r"has no w4a16.json"):
         open_converted(made.path)
+
+
+def test_the_command_verify_reads_every_file_and_names_the_one_that_changed(
+    tmp_path: Path,
+) -> None:
+    typer = pytest.importorskip("typer")
+    testing = pytest.importorskip("typer.testing")
+    made = model(tmp_path / "model")
+    out = tmp_path / "out"
+    convert(made.path, out, **SMALL)
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    import_module("w4a16.verify").register(app)
+    done = testing.CliRunner().invoke(app, ["verify", str(out)])
+    assert done.exit_code == 0, done.output
+    assert f"{len(open_converted(out).manifest.files)} files are as they were" in done.output
+    file = out / open_converted(out).layers[LAYER].file
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = testing.CliRunner().invoke(app, ["verify", str(out)])
+    assert isinstance(done.exception, FormatError)
+    assert f"{file.name} is not as it was written" in str(done.exception)
 
 
 def test_weights_stay_valid_after_closing(tmp_path: Path) -> None:

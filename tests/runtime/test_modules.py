@@ -180,3 +180,24 @@ def test_arrays_that_do_not_fit_together_make_no_module() -> None:
 def test_an_empty_module_of_no_size_is_refused_by_name(sizes: tuple[Any, Any]) -> None:
     with pytest.raises(w4a16.ArgumentError, match=r"(in|out)_features is .*: expected an integer"):
         W4A16Linear.empty(*sizes)
+
+
+@pytest.mark.parametrize("group_size", [32, 48, 96, 64, 128, 0, -1])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_an_empty_module_takes_the_groups_that_packing_takes(group_size: int, zeros: bool) -> None:
+    k = 384
+    groups = k // group_size if group_size > 0 else 1
+    q, scales = np.zeros((k, 16), np.uint8), np.ones((groups, 16), np.float16)
+    points = np.full((groups, 16), 3) if zeros else None
+
+    def outcome(make: Callable[[], Any]) -> str:
+        try:
+            make()
+        except w4a16.UnsupportedError as error:
+            return str(error).replace(f"size {k}", "size").replace(f"size {group_size}", "size")
+        return "taken"
+
+    size = group_size or -1
+    packed = outcome(lambda: w4a16.pack(q=q, scales=scales, zeros=points, group_size=size))
+    made = outcome(lambda: W4A16Linear.empty(k, 16, group_size=group_size, zeros=zeros))
+    assert made == packed

@@ -247,10 +247,18 @@ def test_compressed_tensors_need_no_shape_and_may_have_zero_points_of_8_bits() -
 
 @pytest.mark.parametrize("placeholder", [-1, None])
 def test_a_g_idx_that_says_nothing_is_no_act_order(placeholder: int | None) -> None:
-    case = random_case()
+    case = random_case(format="compressed-tensors")
     rows = 0 if placeholder is None else case.k
-    tensors = {**case.tensors(), "g_idx": np.full(rows, -1, np.int32)}
-    check_packed(api.pack(tensors, format="gptq"), case)
+    tensors = {**case.tensors(), "weight_g_idx": np.full(rows, -1, np.int32)}
+    check_packed(api.pack(tensors, format="compressed-tensors"), case)
+
+
+def test_a_g_idx_of_no_groups_is_refused_where_the_format_gives_it_no_meaning() -> None:
+    case = random_case()
+    tensors = {**case.tensors(), "g_idx": np.full(case.k, -1, np.int32)}
+    with pytest.raises(FormatError, match="g_idx holds -1, first for input 0: expected groups 0"):
+        api.pack(tensors, format="gptq")
+    check_packed(api.pack({**tensors, "g_idx": np.empty(0, np.int32)}, format="gptq"), case)
 
 
 def test_a_g_idx_of_zeros_is_no_act_order_but_warned_about() -> None:

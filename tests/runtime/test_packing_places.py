@@ -16,10 +16,11 @@ import pytest
 import torch
 import w4a16
 from hypothesis import HealthCheck, given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 from w4a16 import arrays, driver, packing, places
 from w4a16.errors import ArgumentError, FormatError, W4A16Warning
 from w4a16.formats.backends import Torch
-from w4a16.library import LIBRARY
+from w4a16.library import LIBRARY, Source
 
 from tests.runtime.checkpoints import FORMATS, Case, cases, weight
 from tests.runtime.fake import FakeDriver, install
@@ -47,13 +48,11 @@ class OnCpu(places.TorchGpu):
     def give(self, array: Any) -> Any:
         return torch.from_numpy(array) if isinstance(array, np.ndarray) else array.contiguous()
 
-    def pack(self, layer: Any, extent: Any, rows: Any) -> Any:
-        if layer.q_name == "q":  # two a byte by torch, one a byte again for the host
-            pairs = self._pairs(layer.q.owner)
-            n = layer.out_features
-            q = torch.stack([pairs & 15, pairs >> 4], -1).reshape(layer.in_features, -1)[:, :n]
-            layer = replace(layer, q=arrays.view(q.contiguous(), "q"))
-        return places.Host(True, 0).pack(layer, extent, rows)
+    def pack(self, layer: Any, extent: Any, rows: Any, seen: Any) -> Any:
+        if layer.source is Source.BYTES:  # a GPU takes the lower nibble
+            seen.add("q", layer.q.owner)
+            layer = replace(layer, q=arrays.view(layer.q.owner & 15, "q"))
+        return places.Host(True, 0).pack(layer, extent, rows, seen)
 
     def unpack(self, packed: Any) -> Any:
         return torch.from_numpy(places.Host(True, 0).unpack(packed))
@@ -117,6 +116,102 @@ def test_tensors_on_a_gpu_are_checked_as_numpys_arrays(n: int, on_cpu: None) -> 
     scales[1, 3] = np.nan
     with pytest.warns(W4A16Warning, match="are NaN or infinite, first in group 1 of output 3"):
         api.pack(q=q, scales=scales)
+
+
+ORDERS = {
+    "in order": np.arange(256) // 64,
+    "any order": np.random.default_rng(3).permutation(256) // 64,
+    "a group with too few": np.minimum(np.arange(250) // 60, 3),
+    "all in group 0": np.zeros(256),
+    "-1": np.full(256, -1),
+    "a group that is not there": np.where(np.arange(256) == 7, 4, np.arange(256) // 64),
+    "far away": np.where(np.arange(256) == 7, 2**40, np.arange(256) // 64),
+    "negative": np.where(np.arange(256) == 7, -2, np.arange(256) // 64),
+    "a group with too many": np.where(np.arange(256) == 70, 0, np.arange(256) // 64),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_tensors_on_a_gpu_are_sorted_as_numpys_arrays(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes, errors and warnings; in order nothing is picked at run time."""
+    rng = np.random.default_rng(4)
+    order = ORDERS[name].astype(np.int64)
+    q = rng.integers(0, 16, (len(order), 24), dtype=np.uint8)
+    given = {"q": q, "scales": rng.random((4, 24), np.float32), "g_idx": order}
+    tensors = {key: torch.from_numpy(value) for key, value in given.items()}
+
+    def outcome(arguments: dict[str, Any]) -> Any:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                packed = api.pack(**arguments, group_size=64)
+            except FormatError as error:
+                return str(error)
+        found = {key: np.asarray(value) for key, value in packed.arrays().items()}
+        parts = {key: (value.dtype, value.tobytes()) for key, value in found.items()}
+        return parts, [str(warning.message) for warning in caught]
+
+    wanted = outcome(given)
+    monkeypatch.setattr(packing, "place_of", OnCpu)
+    assert outcome(tensors) == wanted
+    if name == "in order":
+        assert "columns" not in wanted[0]
+
+
+class Counted(TorchDispatchMode):
+    """What torch is asked to do: kernels (anything but views and allocations), and what would wait
+    for a GPU, or copy to it."""
+
+    VIEWS = frozenset(
+        (
+            *("alias", "as_strided", "detach", "empty", "expand", "lift_fresh", "permute"),
+            *("reshape", "select", "slice", "split", "squeeze", "t", "transpose", "unsqueeze"),
+            *("view", "_unsafe_view", "_reshape_alias", "unbind"),
+        )
+    )
+    WAITS = frozenset(("_local_scalar_dense", "bincount", "equal", "is_nonzero", "item", "nonzero"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[str] = []
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if name in self.WAITS:
+            self.waits.append(name)
+        elif name not in self.VIEWS:
+            self.kernels.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("act_order", ["none", "shuffled"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_packing_on_a_gpu_waits_once_and_launches_little(
+    format: str, act_order: str, on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if act_order != "none" and format == "awq":
+        pytest.skip("AWQ has no act-order")
+    read_backs = []
+    extremes = Torch.extremes
+
+    def counted(backend: Torch, wanted: Any) -> Any:
+        read_backs.append(len(wanted))
+        return extremes(backend, wanted)
+
+    monkeypatch.setattr(Torch, "extremes", counted)
+    case = random_case(format=format, act_order=act_order, symmetric=False)
+    positional, named = converted(case, torch.from_numpy)
+    api.pack(*positional, **named)  # constants are copied there once
+    read_backs.clear()
+    with Counted() as count:
+        api.pack(*positional, **named)
+    print(f"{format}, act-order {act_order}: {len(count.kernels)} operators: {count.kernels}")
+    assert len(read_backs) == 1
+    assert count.waits == []
+    assert len(count.kernels) <= (18 if act_order == "none" else 36)
 
 
 @pytest.fixture

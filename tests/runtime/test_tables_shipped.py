@@ -7,11 +7,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from w4a16 import tables, tactics
+from w4a16 import tables, tactics, timing
 from w4a16.library import QuantOp
 from w4a16.tables import BUCKETS, Case
 
-from benchmarks import shipped_table, table_quality
+from benchmarks import shipped_table, table_quality, tuned_quality
 
 from .tactics_fakes import TACTICS, FakeLibrary, FakeTimer
 
@@ -21,8 +21,13 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeLibrary()
     for place in (tactics, import_module("w4a16.tune"), shipped_table, table_quality):
         monkeypatch.setattr(place, "LIBRARY", fake)
-    monkeypatch.setattr(shipped_table, "Timer", lambda device: FakeTimer(device, library=fake))
-    monkeypatch.setattr(shipped_table, "current_device", lambda: 0)
+    monkeypatch.setattr(tuned_quality, "LIBRARY", fake)
+    for place in (shipped_table, tuned_quality, timing):
+        monkeypatch.setattr(place, "Timer", lambda device: FakeTimer(device, library=fake))
+        monkeypatch.setattr(place, "current_device", lambda: 0)
+    monkeypatch.setattr(timing, "refuse_capture", lambda: None)
+    monkeypatch.setattr(tactics, "library_digest", lambda: "abc")
+    monkeypatch.setattr(tuned_quality, "state", lambda: "none")
     monkeypatch.setattr(shipped_table, "conditions", lambda device: {"sm_mhz": 1980})
     monkeypatch.setattr(shipped_table, "state", lambda: "none")
 
@@ -46,6 +51,37 @@ def test_a_table_and_raw_times_are_made_and_judged(
     printed = capsys.readouterr().out
     for text in ("auto", "shipped", "rule", "shipped, again", "no waves", "worst of the rule"):
         assert text in printed
+
+
+def test_what_was_tuned_is_timed_again_and_its_cache_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("W4A16_CACHE", "off")
+    out = tmp_path / "times.json"
+    assert tuned_quality.main(["--shapes", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "tuned 144 buckets",
+        ": stored",
+        "between buckets",
+        "with zeros",
+        "library's rule",
+    ):
+        assert text in printed
+    rows = json.loads(out.read_text())
+    assert len(rows) == 4 * (len(tuned_quality.AT_BUCKETS) + len(tuned_quality.BETWEEN))
+    assert {row["m"] for row in rows} >= {9, 4096}
+    losses = [row["us"][row["chosen"]] / min(row["us"].values()) for row in rows]
+    assert sum(loss < 1.02 for loss in losses) > 0.9 * len(losses)
+    assert any(row["chosen"] != row["auto"] for row in rows)
+    assert tactics.describe(0).cache.startswith("off")
+
+
+def test_without_time_nothing_is_timed_again_and_that_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert tuned_quality.main(["--limit", "0.001"]) == 1
+    assert "nothing was timed again: raise --limit" in capsys.readouterr().out
 
 
 def test_at_its_limit_it_stops_with_what_it_has(tmp_path: Path) -> None:

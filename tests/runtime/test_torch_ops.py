@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import io
 import os
 import subprocess
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import w4a16
-from w4a16 import overlap, torch_ops
+from w4a16 import overlap, tactics, torch_ops
+from w4a16.library import LIBRARY, _Args
 
 from tests.runtime.checkpoints import case_of, weight
 from tests.runtime.host_kernels import HostKernels
@@ -409,6 +411,79 @@ def test_a_tactic_that_was_named_is_not_chosen(
     assert kernels.launches[0]["tactic"] == 5
     assert not kernels.plans
     assert asked == [(-1, 5, 2, 3, 24, 128, 64, False)]
+
+
+def test_a_tactic_is_chosen_once_for_a_shape_and_anew_when_tables_changed(
+    kernels: HostKernels,
+) -> None:
+    product = Product(8, bias=True)
+    for _ in range(3):
+        LAUNCH(*product.arguments)
+    assert len(kernels.plans) == 1
+    more = torch.randn(5, product.case.k).half()
+    close(LAUNCH(more, *product.weight, *product.sizes), product.exact(more))
+    assert [plan[2] for plan in kernels.plans] == [3, 5]
+    tactics.forget()
+    close(LAUNCH(*product.arguments), product.exact(product.x))
+    assert [plan[2] for plan in kernels.plans] == [3, 5, 3]
+    LAUNCH(*product.arguments)
+    assert len(kernels.plans) == 3
+
+
+def test_what_is_prepared_for_shapes_does_not_grow_without_end(
+    kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ops, "_MOST_LAUNCHES", 4)
+    product = Product(8)
+    for m in range(1, 12):
+        x = torch.randn(m, product.case.k).half()
+        close(LAUNCH(x, *product.weight, *product.sizes), product.exact(x))
+        assert len(product.weight[0]._w4a16.launches) <= 4
+
+
+def test_activations_that_are_wrong_are_refused_for_a_shape_that_was_right(
+    kernels: HostKernels,
+) -> None:
+    product = Product(8)
+    LAUNCH(*product.arguments)
+    for x in (product.x.float(), product.x.to(torch.bfloat16)):
+        with pytest.raises(w4a16.ArgumentError, match="x is"):
+            LAUNCH(x, *product.weight, *product.sizes)
+
+
+@pytest.mark.parametrize("zeros", [0, 4096])
+@pytest.mark.parametrize("bias", [0, 8192])
+def test_a_prepared_launch_passes_what_a_launch_does(
+    zeros: int, bias: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def contents(struct: Any) -> Any:
+        return {name: getattr(struct, name) for name, _ in struct._fields_ if name != "problem"}
+
+    def see(tactic: int, args: Any, stream: Any) -> int:
+        block = args if isinstance(args, bytes) else ctypes.string_at(args, ctypes.sizeof(_Args))
+        read = _Args.from_buffer_copy(block)
+        stream = stream.value if isinstance(stream, ctypes.c_void_p) else stream
+        seen.append((tactic, contents(read), contents(read.problem.contents), stream or 0))
+        return 0
+
+    monkeypatch.setattr(LIBRARY, "_run", see)
+    monkeypatch.setattr(LIBRARY, "_quick_run", see)
+    shape = (7, 2, 2**33, 24, 128, 64)
+    for workspace, size in ((0, 0), (2**47 + 16, 2**35)):
+        prepared = LIBRARY.prepared(*shape, 16, 32, zeros, bias, size)
+        for stream in (0, 2**46, 0):
+            weight = (16, 32, zeros or None, bias or None)
+            LIBRARY.run(*shape, 64, *weight, 2**45, workspace or None, size, stream)
+            prepared(64, 2**45, workspace, stream)
+            assert seen[-1] == seen[-2]
+            assert seen[-1][3] == stream
+
+
+def test_a_prepared_launch_that_is_refused_says_why() -> None:
+    with pytest.raises(w4a16.W4A16Error):
+        LIBRARY.prepared(10**6, 2, 1, 8, 64, 64, 16, 16, 16, 0, 0)(16, 16, 0, 0)
 
 
 def test_wrong_arguments_of_a_launch_are_explained_before_it(kernels: HostKernels) -> None:

@@ -381,6 +381,10 @@ def test_the_command_prints_json_and_stores_nothing_if_told_so(tmp_path: Path) -
         (("model", "--shape", "8x64"), "either MODEL or"),
         (("--shape", "8"), "NxK"),
         (("--shape", "8x64", "--m", "1,x"), "numbers of rows"),
+        (("--shape", "4096x4100"), "--group; 0: per column"),
+        (("--shape", "8x64", "--group", "-1"), "--group is -1: expected 0 or more"),
+        (("--shape", "8x64", "--budget", "0.5"), "--budget is 0.5: expected 1 or more"),
+        (("--shape", "8x64", "--device", "-1"), "--device is -1: expected 0 or more"),
     ],
 )
 def test_the_command_says_what_it_cannot_read(arguments: tuple[str, ...], reason: str) -> None:

@@ -90,9 +90,10 @@ def check(
     )
     if fits and view.dtype in dtypes and 0 not in view.shape:
         return
+    empty = " of sizes above 0" if 0 in view.shape else ""
     wanted = "[" + ", ".join("…" if want is None else str(want) for want in shape) + "]"
     raise FormatError(
-        f"{name} is {view.describe()}: expected {' or '.join(dtypes)} {wanted}"
+        f"{name} is {view.describe()}: expected {' or '.join(dtypes)} {wanted}{empty}"
         f"{', ' + why if why else ''}"
     )
 

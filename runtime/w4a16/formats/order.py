@@ -41,8 +41,10 @@ def extent(
     g_idx: Any,
     g_idx_name: str,
     notes: list[str],
+    minus_one_is_none: bool = False,
 ) -> Extent:
     """``g_idx``: numpy integers [in_features], or None; what is worth a warning goes to ``notes``.
+    ``minus_one_is_none``: if all of them are -1, the weight is not reordered.
 
     Raises :class:`w4a16.FormatError` for a ``g_idx`` that names groups that are not there, or more
     rows of a group than it has.
@@ -50,7 +52,9 @@ def extent(
     n = round_up(out_features, N_MULTIPLE)
     order = None
     if g_idx is not None:
-        order = _sorted_rows(g_idx, g_idx_name, groups, group_size, notes)
+        unordered = minus_one_is_none and bool((g_idx == -1).all())
+        if not unordered:
+            order = _sorted_rows(g_idx, g_idx_name, groups, group_size, notes)
     if groups == 1:
         k = round_up(in_features, K_MULTIPLE)
     else:
@@ -68,8 +72,6 @@ def extent(
 def _sorted_rows(g_idx: Any, name: str, groups: int, group_size: int, notes: list[str]) -> Any:
     """Rows by group, -1 where a group has too few; None if they are in order as they are."""
     lowest, highest = int(g_idx.min()), int(g_idx.max())
-    if lowest == highest == -1:
-        return None  # compressed-tensors: not reordered
     if lowest < 0 or highest >= groups:
         wrong = lowest if lowest < 0 else highest
         raise FormatError(

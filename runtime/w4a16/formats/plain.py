@@ -52,7 +52,7 @@ def read(tensors: Mapping[str, View], config: LayerConfig) -> Layer:
         points = Points(kind="values", stored=zeros)
     check_rest(tensors.get("g_idx"), "g_idx", tensors.get("bias"), k, n, why)
     return Layer(
-        source=Source.PLAIN,
+        source=Source.BYTES,
         q=q,
         q_name="q",
         in_features=k,

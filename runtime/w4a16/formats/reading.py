@@ -7,13 +7,14 @@ from typing import Any
 
 from w4a16 import arrays
 from w4a16.arrays import View
-from w4a16.errors import ArgumentError, FormatError, UnsupportedError
+from w4a16.errors import ArgumentError, FormatError
 from w4a16.formats import awq, compressed_tensors, gptq, plain
 from w4a16.formats.config import LayerConfig
 from w4a16.formats.layer import Layer, check_one_device
 from w4a16.formats.order import Extent
-from w4a16.library import AUTO, LIBRARY, Problem, QuantOp, Source
+from w4a16.library import Source
 from w4a16.places import on_host
+from w4a16.support import require_kernel
 
 
 def read_layer(tensors: Mapping[str, Any], config: LayerConfig, stream: int | None = None) -> Layer:
@@ -37,7 +38,7 @@ def read_layer(tensors: Mapping[str, Any], config: LayerConfig, stream: int | No
     else:
         layer = compressed_tensors.read(views, config, _shape(views.get("weight_shape")))
     check_one_device(layer)
-    if layer.source is not Source.PLAIN and not layer.q.contiguous:
+    if layer.source is not Source.BYTES and not layer.q.contiguous:
         raise ArgumentError(
             f"{layer.q_name} is {layer.q.describe()}: expected a contiguous array"
             " (torch: .contiguous(), numpy: np.ascontiguousarray)"
@@ -56,30 +57,14 @@ def _shape(view: View | None) -> tuple[int, int] | None:
 
 def check_supported(layer: Layer, extents: Extent) -> None:
     """Raises :class:`w4a16.UnsupportedError` unless some kernel takes the group size."""
-    if extents.groups == 1:
-        ops = [(QuantOp.PER_COLUMN, 0), (QuantOp.GROUP_SCALE_ZERO, extents.k)]
-    else:
-        ops = [(op, extents.group_size) for op in (QuantOp.GROUP_SCALE, QuantOp.GROUP_SCALE_ZERO)]
-    # Zero points may turn out to be 8 throughout: only then is the first of them what counts.
-    ops = ops[1:] if layer.points is not None else ops[:1]
-    reason = ""
-    for op, group in ops:
-        # A kernel may be for few rows of activations only, or for many.
-        for m in (128, 1, 16):
-            problem = Problem(
-                quant_op=op,
-                m=m,
-                n=extents.n,
-                k=extents.k,
-                group_size=group,
-                has_bias=layer.bias is not None,
-            )
-            found = LIBRARY.why_unsupported(AUTO, problem)
-            if not found:
-                return
-            reason = reason or found
-    where = f"K = {layer.in_features}, N = {layer.out_features}"
-    raise UnsupportedError(
-        f"no kernel takes a weight with {where} and group size {layer.group_size} ({reason}):"
-        " quantise the model again with groups of 64 or 128 inputs, or with one scale a column (-1)"
+    # Zero points may turn out to be 8 throughout: who takes them takes their absence, too.
+    require_kernel(
+        extents.n,
+        extents.k,
+        extents.groups,
+        zeros=layer.points is not None,
+        bias=layer.bias is not None,
+        described=(
+            f"K = {layer.in_features}, N = {layer.out_features} and group size {layer.group_size}"
+        ),
     )

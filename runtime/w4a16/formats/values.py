@@ -6,11 +6,14 @@ product in FP32 (exact for an integer p, since s is FP16), then rounded once to 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from w4a16.errors import FormatError
-from w4a16.formats.backends import Backend, first
+from w4a16.formats.backends import Backend, Extremes, first
 from w4a16.formats.config import ZeroPoints
 from w4a16.formats.layer import Layer, PointsKind
 from w4a16.formats.order import Extent
@@ -19,14 +22,13 @@ from w4a16.formats.order import Extent
 _SHIFTS = [0, 4, 8, 12, 16, 20, 24, 28]
 _AWQ_SHIFTS = [0, 16, 4, 20, 8, 24, 12, 28]
 _ONES = 0x11111111
-_SEVENS = 0x77777777
-_EIGHTS = 0x88888888 - (1 << 32)
 
 #: FP16 without its sign, as integers.
 _MAGNITUDE = 0x7FFF
 _INFINITY = 0x7C00
 _SMALLEST_NORMAL = 0x0400
 _EIGHTH_OF_LARGEST = 0x6FFF  # 8188, the largest s with a finite 8 * s
+_LARGEST = 65504.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,42 +49,108 @@ class Values:
     bias: Any | None
 
 
-def convert(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """Conversions on their way, before anything is known of the numbers."""
+
+    given: Any
+    """Scales as they are stored, ``[groups, N]``."""
+    scales: Any
+    """Padded, as zeros and bias are."""
+    points: Any | None
+    """``[groups, N]``, as the configuration says that they are stored."""
+    zeros: Any | None
+    """Only where to compute them costs less than to know first whether they are wanted."""
+    bias: Any | None
+
+
+def begin(
     layer: Layer,
     raw: Raw,
     extent: Extent,
     zero_points: ZeroPoints | None,
     backend: Backend,
-    notes: list[str],
-) -> Values:
-    """What is worth a warning goes to ``notes``. ``zero_points`` overrules the configuration.
-
-    Raises :class:`w4a16.FormatError` for numbers that FP16 cannot hold. On a GPU this waits for
-    the stream once, twice if there are zero points of GPTQ.
-    """
+    seen: Extremes,
+) -> Begun:
+    """What :func:`finish` looks at goes to ``seen``. ``zero_points`` overrules the configuration.
+    On a GPU nothing here waits."""
     with backend.ignoring_overflow():
-        shape = (extent.groups, extent.n)
         given = _by_group(raw.scales, layer.scales_by_output)
-        scales = backend.filled(shape, 0, "float16")
-        inner = scales[: layer.groups, : layer.out_features]
+        scales = _padded(layer, extent, backend)
+        inner = _inside(layer, scales)
         inner[...] = backend.cast(given, "float32") if layer.scales.dtype == "float64" else given
-        points = None
+        seen.add("scales", backend.bits(inner) & _MAGNITUDE)
+        points = zeros = None
         if layer.points is not None and raw.points is not None:
-            points = _points(layer, raw.points, zero_points, backend, notes)
-        asymmetric, large = _check_scales(layer, given, inner, points, backend, notes)
-        zeros = None
-        if points is not None and asymmetric:
-            zeros = backend.filled(shape, 0, "float16")
-            inside = zeros[: layer.groups, : layer.out_features]
-            inside[...] = backend.cast(8 - points, "float32") * backend.cast(inner, "float32")
-            if large or layer.points is None or layer.points.kind == "values":
-                _check_zeros(layer, inside, inner, backend)
+            version = zero_points or layer.config.zero_points
+            points = _points(layer, raw.points, version, backend)
+            seen.add("points", points)
+            if backend.speculates:
+                zeros = _zeros(layer, extent, points, inner, backend)
         bias = None
         if raw.bias is not None:
-            bias = backend.filled((extent.n,), 0, "float16")
+            whole = extent.n == layer.out_features
+            bias = (
+                backend.empty((extent.n,), "float16")
+                if whole
+                else backend.filled((extent.n,), 0, "float16")
+            )
             bias[: layer.out_features] = raw.bias
-            _check_bias(layer, raw.bias, bias[: layer.out_features], backend)
-    return Values(scales=scales, zeros=zeros, bias=bias)
+            if layer.bias is not None and layer.bias.dtype != "float16":
+                seen.add("bias", backend.bits(bias) & _MAGNITUDE)
+    return Begun(given=given, scales=scales, points=points, zeros=zeros, bias=bias)
+
+
+def finish(
+    layer: Layer,
+    raw: Raw,
+    extent: Extent,
+    begun: Begun,
+    zero_points: ZeroPoints | None,
+    backend: Backend,
+    seen: Extremes,
+    notes: list[str],
+) -> Values:
+    """What is worth a warning goes to ``notes``.
+
+    Raises :class:`w4a16.FormatError` for numbers that FP16 cannot hold. On a GPU this waits for the
+    stream once, and again only where something is wrong, or close to it.
+    """
+    with backend.ignoring_overflow():
+        points, zeros = begun.points, None
+        inner = _inside(layer, begun.scales)
+        if points is not None:
+            _check_points(layer, seen["points"])
+            if zero_points is None and _misnamed(layer, seen["points"], notes):
+                points = None  # all 8
+        _check_scales(layer, begun.given, inner, points, backend, seen, notes)
+        if points is not None and seen["points"] != (8, 8):
+            zeros = begun.zeros
+            if zeros is None:
+                zeros = _zeros(layer, extent, points, inner, backend)
+            if _may_overflow(layer, seen):
+                _check_zeros(layer, _inside(layer, zeros), inner, backend)
+        if begun.bias is not None and raw.bias is not None:
+            _check_bias(layer, raw.bias, begun.bias[: layer.out_features], backend, seen)
+    return Values(scales=begun.scales, zeros=zeros, bias=begun.bias)
+
+
+def _padded(layer: Layer, extent: Extent, backend: Backend) -> Any:
+    """float16 ``[groups, n]``, to be written to by :func:`_inside`."""
+    shape = (extent.groups, extent.n)
+    if shape == (layer.groups, layer.out_features):
+        return backend.empty(shape, "float16")
+    return backend.filled(shape, 0, "float16")
+
+
+def _inside(layer: Layer, padded: Any) -> Any:
+    return padded[: layer.groups, : layer.out_features]
+
+
+def _zeros(layer: Layer, extent: Extent, points: Any, scales: Any, backend: Backend) -> Any:
+    zeros = _padded(layer, extent, backend)
+    backend.product(points, scales, _inside(layer, zeros))
+    return zeros
 
 
 def _by_group(array: Any, by_output: bool) -> Any:
@@ -105,76 +173,79 @@ def nibbles(kind: PointsKind, words: Any, outputs: int, backend: Backend) -> Any
     return found.reshape(words.shape[0], -1)[:, :outputs]
 
 
-def _points(
-    layer: Layer,
-    stored: Any,
-    zero_points: ZeroPoints | None,
-    backend: Backend,
-    notes: list[str],
-) -> Any:
+def _points(layer: Layer, stored: Any, version: ZeroPoints, backend: Backend) -> Any:
     """Zero points ``[groups, N]``, integers, or float32 where any number is allowed."""
     assert layer.points is not None
     kind = layer.points.kind
     if kind == "values":
-        values = backend.cast(_by_group(stored, False), "float32")
-        if backend.counts([(values - values) != 0])[0]:
-            raise FormatError(
-                f"{layer.points_name} holds NaN or infinity: expected finite zero points"
-            )
-        return values
+        return backend.cast(_by_group(stored, False), "float32")
     if kind == "signed":
-        signed = backend.cast(stored.T, "int32")
-        if backend.counts([(signed < -8) | (signed > 7)])[0]:
-            raise FormatError(
-                f"{layer.points_name} is {layer.points.stored.describe()} with numbers outside"
-                " -8..7: expected zero points of 4 bits"
-            )
-        return signed + 8
-    if kind == "gptq" and (zero_points or _version(layer, stored, backend, notes)) == "v1":
+        return backend.cast(stored.T, "int32") + 8
+    if kind == "gptq" and version == "v1":
         stored = stored + _ONES  # modulo 2**32, borrows and all: see gptq.py
     return nibbles(kind, stored, layer.out_features, backend)
 
 
-def _version(layer: Layer, words: Any, backend: Backend, notes: list[str]) -> ZeroPoints:
-    """v1 or v2: what the configuration says, unless that makes a symmetric weight lopsided."""
+def _check_points(layer: Layer, seen: tuple[float, float]) -> None:
+    assert layer.points is not None
+    lowest, highest = seen
+    if layer.points.kind == "values" and not math.isfinite(highest - lowest):
+        raise FormatError(f"{layer.points_name} holds NaN or infinity: expected finite zero points")
+    if layer.points.kind == "signed" and (lowest < 0 or highest > 15):
+        raise FormatError(
+            f"{layer.points_name} is {layer.points.stored.describe()} with numbers outside"
+            " -8..7: expected zero points of 4 bits"
+        )
+
+
+def _misnamed(layer: Layer, seen: tuple[float, float], notes: list[str]) -> bool:
+    """Whether zero points of GPTQ make a symmetric weight lopsided by what the configuration says
+    of them, and are all 8 otherwise."""
+    if layer.points is None or layer.points.kind != "gptq":
+        return False
     config = layer.config
-    whole = layer.out_features // 8
-    rest = nibbles("gptq", words[:, whole:], layer.out_features % 8, backend)
-    words = words[:, :whole]
-    found = backend.counts([words != _SEVENS, words != _EIGHTS, rest != 7, rest != 8])
-    not_v1, not_v2 = found[0] + found[2], found[1] + found[3]
     by = f" (written by {config.producer})" if config.producer else ""
-    if config.zero_points == "v1" and not_v2 == 0:
+    if config.zero_points == "v1" and seen == (9, 9):
         notes.append(
             f"checkpoint_format says gptq (v1){by}, but every stored zero point of {layer.q_name}"
             " is 8, as gptq_v2 stores symmetric weights: read as v2; pass zero_points='v1' if"
             " they mean 9"
         )
-        return "v2"
-    if config.zero_points == "v2" and not_v1 == 0 and config.symmetric:
+        return True
+    if config.zero_points == "v2" and seen == (7, 7) and config.symmetric:
         notes.append(
             f"checkpoint_format says gptq_v2{by}, but every stored zero point of {layer.q_name}"
             " is 7, as gptq (v1) stores symmetric weights: read as v1; pass zero_points='v2' if"
             " they mean 7"
         )
-        return "v1"
-    return config.zero_points
+        return True
+    return False
 
 
 # ---- Checks ----
 
 
 def _check_scales(
-    layer: Layer, given: Any, scales: Any, points: Any, backend: Backend, notes: list[str]
-) -> tuple[bool, bool]:
-    """Whether any zero point is not 8, and whether a zero may overflow."""
+    layer: Layer,
+    given: Any,
+    scales: Any,
+    points: Any,
+    backend: Backend,
+    seen: Extremes,
+    notes: list[str],
+) -> None:
+    converted = layer.scales.dtype != "float16"
+    lopsided = layer.config.symmetric and points is not None and seen["points"] != (8, 8)
+    lowest, highest = seen["scales"]
+    least = _SMALLEST_NORMAL if converted else 1
+    if least <= lowest and highest < _INFINITY and not lopsided:
+        return
     magnitude = backend.bits(scales) & _MAGNITUDE
     nonfinite = magnitude >= _INFINITY
     zero = magnitude == 0
-    masks = [nonfinite, zero, magnitude > _EIGHTH_OF_LARGEST]
-    if points is not None:
+    masks = [nonfinite, zero]
+    if lopsided:
         masks.append(points != 8)
-    converted = layer.scales.dtype != "float16"
     if converted:
         masks += [
             nonfinite & ((given - given) == 0),
@@ -211,14 +282,22 @@ def _check_scales(
         notes.append(f"{found[0]} of {total} {name} are NaN or infinite, {place(nonfinite)}")
     if found[1]:
         notes.append(f"{found[1]} of {total} {name} are 0, {place(zero)}: so are their weights")
-    if points is None:
-        return False, bool(found[2])
-    if layer.config.symmetric and found[3]:
+    if lopsided:
         notes.append(
-            f"the configuration says that weights are symmetric, but {found[3]} of {total} zero"
+            f"the configuration says that weights are symmetric, but {found[2]} of {total} zero"
             f" points are not 8, {place(points != 8)}: used as they are"
         )
-    return found[3] > 0, bool(found[2])
+
+
+def _may_overflow(layer: Layer, seen: Extremes) -> bool:
+    """Whether a zero may be too large for float16."""
+    _, highest = seen["scales"]
+    if layer.points is not None and layer.points.kind != "values":
+        return highest > _EIGHTH_OF_LARGEST
+    lowest_point, highest_point = seen["points"]
+    factor = max(abs(8 - lowest_point), abs(8 - highest_point))
+    scale = float(np.array(int(highest), np.uint16).view(np.float16))
+    return not factor * scale < _LARGEST
 
 
 def _check_zeros(layer: Layer, zeros: Any, scales: Any, backend: Backend) -> None:
@@ -234,8 +313,8 @@ def _check_zeros(layer: Layer, zeros: Any, scales: Any, backend: Backend) -> Non
         )
 
 
-def _check_bias(layer: Layer, given: Any, bias: Any, backend: Backend) -> None:
-    if layer.bias is None or layer.bias.dtype == "float16":
+def _check_bias(layer: Layer, given: Any, bias: Any, backend: Backend, seen: Extremes) -> None:
+    if layer.bias is None or layer.bias.dtype == "float16" or seen["bias"][1] < _INFINITY:
         return
     mask = ((backend.bits(bias) & _MAGNITUDE) >= _INFINITY) & ((given - given) == 0)
     count = backend.counts([mask])[0]

@@ -6,6 +6,7 @@
 #include "pack_check.h"
 #include "status.h"
 
+#include <algorithm>
 #include <climits>
 #include <cstdlib>
 
@@ -16,7 +17,8 @@ using packing::Format;
 
 static_assert(static_cast<int>(Format::plain) == W4A16_SOURCE_PLAIN
         && static_cast<int>(Format::gptq) == W4A16_SOURCE_GPTQ && static_cast<int>(Format::awq) == W4A16_SOURCE_AWQ
-        && static_cast<int>(Format::compressed_tensors) == W4A16_SOURCE_COMPRESSED_TENSORS,
+        && static_cast<int>(Format::compressed_tensors) == W4A16_SOURCE_COMPRESSED_TENSORS
+        && static_cast<int>(Format::bytes) == W4A16_SOURCE_BYTES,
     "a w4a16_source is converted to a Format by its number");
 
 // "sm_90a" -> 90; 0 if it is no architecture that this library packs for.
@@ -52,6 +54,8 @@ Multiples multiples_of(Format format) {
         return {8, 1};
     case Format::awq:
         return {1, 8};
+    case Format::bytes:
+        return {1, 1};
     case Format::plain:
         break;
     }
@@ -85,6 +89,16 @@ w4a16_status check_rows(const packing::Source &source, std::int64_t k) {
     return W4A16_OK;
 }
 
+// For a source that holds a byte above 15.
+w4a16_status large_byte(const packing::Source &source) {
+    const std::uint8_t *const end = source.q + packing::source_bytes(source);
+    const std::uint8_t *const found = std::find_if(source.q, end, [](std::uint8_t value) { return value > 15; });
+    const std::int64_t at = found - source.q;
+    return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->q[%lld][%lld] is %d, expected 0 to 15",
+        static_cast<long long>(at / source.n), static_cast<long long>(at % source.n),
+        found == end ? -1 : static_cast<int>(*found));
+}
+
 } // namespace
 
 w4a16_status check_packed(const char *arch, std::int64_t k, std::int64_t n, packing::Layout &layout) {
@@ -111,9 +125,9 @@ w4a16_status check_pack_args(const w4a16_pack_args *args, packing::Layout &layou
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
-    if (args->source < W4A16_SOURCE_PLAIN || args->source > W4A16_SOURCE_COMPRESSED_TENSORS) {
+    if (args->source < W4A16_SOURCE_PLAIN || args->source > W4A16_SOURCE_BYTES) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->source is %d, expected a w4a16_source (0 to %d)",
-            static_cast<int>(args->source), static_cast<int>(W4A16_SOURCE_COMPRESSED_TENSORS));
+            static_cast<int>(args->source), static_cast<int>(W4A16_SOURCE_BYTES));
     }
     if (const w4a16_status status = check_packed(args->arch, args->k, args->n, layout); status != W4A16_OK) {
         return status;
@@ -137,7 +151,7 @@ w4a16_status check_pack_args(const w4a16_pack_args *args, packing::Layout &layou
             return status;
         }
     }
-    return check_buffers(source.q, "q", source.k * source.n / 2, args->out, "out", packed_bytes);
+    return check_buffers(source.q, "q", packing::source_bytes(source), args->out, "out", packed_bytes);
 }
 
 } // namespace w4a16
@@ -181,8 +195,9 @@ w4a16_status w4a16_pack_weight(const w4a16_pack_args *args, int32_t threads) {
         return status;
     }
     return guarded([&] {
-        packing::pack(layout, source, args->k, args->n, static_cast<std::uint8_t *>(args->out), threads);
-        return W4A16_OK;
+        const bool good
+            = packing::pack(layout, source, args->k, args->n, static_cast<std::uint8_t *>(args->out), threads);
+        return good ? W4A16_OK : large_byte(source);
     });
 }
 

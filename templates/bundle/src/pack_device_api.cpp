@@ -32,7 +32,8 @@ w4a16_status w4a16_pack_weight_device(const w4a16_pack_args *args, void *stream)
     if (const w4a16_status status = check_size(args->k, args->n); status != W4A16_OK) {
         return status;
     }
-    const std::uintptr_t word = source.format == packing::Format::plain ? 1 : 4;
+    const bool bytes = source.format == packing::Format::plain || source.format == packing::Format::bytes;
+    const std::uintptr_t word = bytes ? 1 : 4;
     if (const w4a16_status status = check_pointer(source.q, "q", word); status != W4A16_OK) {
         return status;
     }
