@@ -15,6 +15,7 @@ import pytest
 import torch
 import w4a16
 from w4a16 import overlap, torch_ops
+from w4a16.library import LIBRARY
 
 from tests.runtime.checkpoints import case_of, weight
 from tests.runtime.host_kernels import HostKernels
@@ -490,10 +491,10 @@ def test_a_launch_that_is_captured_or_fails_or_has_no_rows_does_not_count_as_one
         patch.setattr(torch_ops, "_capturing", lambda: True)
         assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, False]
     with monkeypatch.context() as patch:
-        patch.setattr(w4a16.LIBRARY, "run", fails)
+        patch.setattr(LIBRARY, "run", fails)
         with pytest.raises(w4a16.InternalError):
             LAUNCH(*product.arguments)
-        patch.setattr(w4a16.LIBRARY, "run", run)
+        patch.setattr(LIBRARY, "run", run)
     LAUNCH(product.x[:0], *product.arguments[1:])
     assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, True]
     with monkeypatch.context() as patch:
