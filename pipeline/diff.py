@@ -108,7 +108,9 @@ def _gemv(manifest: Manifest) -> dict[str, Any]:
 
 def _tactics(manifest: Manifest) -> set[str]:
     gemv = {"gemv"} if manifest["gemv"]["selected"] else set()
-    return {entry["tactic"] for entry in manifest["selected"]} | gemv
+    # The first manifests had none.
+    decode = {entry["name"] for entry in manifest.get("decode", {}).get("selected", ())}
+    return {entry["tactic"] for entry in manifest["selected"]} | gemv | decode
 
 
 def _vendored(manifest: Manifest) -> dict[str, str]:

@@ -139,7 +139,7 @@ class WideChoice(Model):
     buffers: Literal[2, 4] = 2
     """Of operands in registers."""
     stage_k: Literal[128, 256] = 256
-    """How much of K one copy brings: with fewer copies there is less to wait for between products."""
+    """How much of K one copy brings."""
     ctas_per_sm: Literal[1, 2] = 1
     cluster: Literal[1, 2, 4, 8] = 1
     """CTAs that share K."""

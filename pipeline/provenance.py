@@ -73,6 +73,8 @@ class Kernels:
     gemm: int
     """Instantiations of upstream's GEMM, by tactic and quant op."""
     gemv: int
+    decode: int
+    """Kernels of this project's decode tactics."""
     device: int
     """Kernels in the device code, those written here among them."""
 
@@ -150,6 +152,7 @@ def gather(
         kernels=Kernels(
             gemm=len(manifest["selected"]),
             gemv=sum(len(family["kernels"]) for family in manifest["gemv"]["selected"]),
+            decode=sum(len(tactic["kernels"]) for tactic in manifest["decode"]["selected"]),
             device=device_kernels,
         ),
         tools=dict(tools),

@@ -109,6 +109,7 @@ def selection_counts(manifest: Json) -> dict[str, Any]:
     selected = manifest.get("selected", [])
     gemv = manifest.get("gemv", {})
     families = gemv.get("selected", [])
+    decode = manifest.get("decode", {}).get("selected", [])
     return {
         "gemm": len(selected),
         "gemm_by_quant_op": _counted(entry["quant_op"] for entry in selected),
@@ -119,6 +120,8 @@ def selection_counts(manifest: Json) -> dict[str, Any]:
         "gemv_families": len(families),
         "gemv_kernels": sum(len(family["kernels"]) for family in families),
         "gemv_reason": gemv.get("reason", ""),
+        "decode_tactics": len(decode),
+        "decode_kernels": sum(len(tactic["kernels"]) for tactic in decode),
         "vendored_files": len(manifest.get("vendored", [])),
     }
 
@@ -177,12 +180,14 @@ def _selection(counts: Json) -> list[str]:
     rows = [
         ("GEMM instantiations kept", counts["gemm"]),
         *((f"… {op}", count) for op, count in counts["gemm_by_quant_op"].items()),
-        ("tactics", counts["tactics"]),
+        ("GEMM tactics", counts["tactics"]),
         ("instantiations dropped", counts["dropped"]),
         *((f"… {reason}", count) for reason, count in counts["dropped_by_reason"].items()),
         ("files ignored", counts["ignored_files"]),
         ("GEMV families", counts["gemv_families"]),
         ("GEMV kernels", counts["gemv_kernels"]),
+        ("decode tactics", counts["decode_tactics"]),
+        ("decode kernels", counts["decode_kernels"]),
         ("files vendored", counts["vendored_files"]),
     ]
     lines = table(("what", "count"), rows)

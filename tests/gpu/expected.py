@@ -34,10 +34,13 @@ class Expected:
     gemm: Mapping[str, frozenset[QuantOp]]
     gemv: Mapping[tuple[QuantOp, int, bool], frozenset[int]]
     """M by quant op, group size (0: per column) and bias."""
+    decode: Mapping[str, frozenset[int]]
+    """Group sizes; all of them have every quant op, and K as a group."""
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.gemm) | ({"gemv"} if self.gemv else set())
+        gemv = {"gemv"} if self.gemv else set()
+        return frozenset(self.gemm) | gemv | frozenset(self.decode)
 
     def supports(self, tactic: str, given: Problem) -> bool:
         """Whether a tactic must have a kernel for a well-formed problem with M > 0."""
@@ -46,13 +49,18 @@ class Expected:
             group = 0 if op is QuantOp.PER_COLUMN else given.group_size
             offsets_fit = given.n * given.k < 2**31 and given.n // 8 <= 65535
             return offsets_fit and given.m in self.gemv.get((op, group, bool(given.has_bias)), ())
+        if tactic in self.decode:
+            whole = op is QuantOp.PER_COLUMN or given.group_size == given.k
+            rows = 65535 * int(tactic.split(":")[1].split("x")[1])
+            fits = bool(given.m <= rows and max(given.n, given.k) <= 2**30)
+            return fits and (whole or given.group_size in self.decode[tactic])
         if op not in self.gemm.get(tactic, ()):
             return False
         return op is QuantOp.PER_COLUMN or given.group_size % 64 == 0
 
 
-def full(gemv: bool) -> Expected:
-    """What the default profile asks for, written out."""
+def full(gemv: bool, decode: Mapping[str, frozenset[int]]) -> Expected:
+    """What the default profile asks for, written out but for the decode tactics."""
     families = [(QuantOp.PER_COLUMN, 0)]
     families += [(op, g) for op in (QuantOp(1), QuantOp(2)) for g in (64, 128)]
     return Expected(
@@ -63,6 +71,7 @@ def full(gemv: bool) -> Expected:
         }
         if gemv
         else {},
+        decode=decode,
     )
 
 
@@ -81,12 +90,20 @@ def of_manifest(manifest: Mapping[str, Any]) -> Expected:
             ): frozenset(int(kernel["m"]) for kernel in family["kernels"])
             for family in manifest["gemv"]["selected"]
         },
+        decode={
+            str(tactic["name"]): frozenset(
+                group
+                for group in (32, 64, 128, 256)
+                if any(int(kernel["group"]) <= group for kernel in tactic["kernels"])
+            )
+            for tactic in manifest.get("decode", {}).get("selected", ())
+        },
     )
 
 
 def of_library(library: Library) -> Expected:
     """The last resort, which cannot notice a missing kernel: a manifest is better."""
-    gemm = {t.name: t.quant_ops for t in library.tactics if not t.is_gemv}
+    gemm = {t.name: t.quant_ops for t in library.tactics if t.kind == "gemm"}
     gemv: dict[tuple[QuantOp, int, bool], frozenset[int]] = {}
     for tactic in library.tactics:
         for op in tactic.quant_ops if tactic.is_gemv else ():
@@ -102,7 +119,17 @@ def of_library(library: Library) -> Expected:
                     )
                     if rows:
                         gemv[op, group, bias] = rows
-    return Expected(source="the library's own list (no manifest)", gemm=gemm, gemv=gemv)
+    return Expected(
+        source="the library's own list (no manifest)",
+        gemm=gemm,
+        gemv=gemv,
+        decode=decode_of(library),
+    )
+
+
+def decode_of(library: Library) -> dict[str, frozenset[int]]:
+    """The decode tactics that the library itself lists."""
+    return {t.name: frozenset(t.groups) for t in library.tactics if t.is_decode}
 
 
 def expected_of(library: Library, manifest: Mapping[str, Any] | None) -> Expected:
@@ -110,5 +137,5 @@ def expected_of(library: Library, manifest: Mapping[str, Any] | None) -> Expecte
         return of_manifest(manifest)
     build = library.build()
     if build["profile"] == FULL_PROFILE:
-        return full(gemv=not build["gemv_reason"])
+        return full(gemv=not build["gemv_reason"], decode=decode_of(library))
     return of_library(library)

@@ -68,10 +68,12 @@ def launch(
     workspace: int = 0,
     workspace_bytes: int = 0,
     stream: int | None = None,
+    flags: int = 0,
 ) -> None:
     """``c`` and ``workspace`` are addresses; the stream is torch's current one unless given."""
     given = problem_of(weights, a.shape[0], bias is not None)
     args = Args(
+        flags=flags,
         problem=ctypes.pointer(given),
         a=a.data_ptr(),
         b=weights.packed.data_ptr(),
@@ -116,7 +118,13 @@ class Plan:
         return self.library.workspace_size(self.tactic.index, self.problem)
 
     def start(
-        self, c: Guarded, workspace: Guarded, *, a: Tensor | None = None, stream: int | None = None
+        self,
+        c: Guarded,
+        workspace: Guarded,
+        *,
+        a: Tensor | None = None,
+        stream: int | None = None,
+        flags: int = 0,
     ) -> None:
         """Launches into armed buffers; waits for nothing."""
         size = self.workspace_bytes
@@ -130,6 +138,7 @@ class Plan:
             workspace=workspace.address if size else 0,
             workspace_bytes=size,
             stream=stream,
+            flags=flags,
         )
 
     def buffers(self) -> tuple[Guarded, Guarded]:

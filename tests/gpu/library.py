@@ -13,6 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTO = -1
+#: ``w4a16_args.flags``
+OVERLAP = 1
 
 
 class Status(IntEnum):
@@ -145,7 +147,7 @@ class Problem(Versioned):
 class Args(Versioned):
     _fields_ = (
         ("struct_size", ctypes.c_uint32),
-        ("reserved", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
         ("problem", ctypes.POINTER(Problem)),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
@@ -193,6 +195,10 @@ class Tactic:
     @property
     def is_gemv(self) -> bool:
         return self.kind == "gemv"
+
+    @property
+    def is_decode(self) -> bool:
+        return self.kind == "decode"
 
 
 _STATUS = ctypes.c_int

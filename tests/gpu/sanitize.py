@@ -31,6 +31,7 @@ if not __package__:
 
 from tests.gpu.cuda import Cuda, CudaError
 from tests.gpu.library import (
+    OVERLAP,
     ApiError,
     Args,
     Library,
@@ -49,6 +50,7 @@ from tests.gpu.library import (
 N, K, GROUP = 296, 1088, 64
 GEMM_ROWS = (5, 70)
 GEMV_ROWS = (1, 6, 15)
+DECODE_ROWS = (1, 6, 70)
 NAN = b"\x5a\x7e"
 EXIT_WRONG, EXIT_CANNOT_RUN = 1, 77
 
@@ -154,18 +156,25 @@ def launches(library: Library, cuda: Cuda, only: str, seed: int) -> Iterator[Lau
     draw = random.Random(seed)
     turn = 0
     for op in QuantOp:
-        for group in (0,) if op is QuantOp.PER_COLUMN else (GROUP, K):
+        for group in (0,) if op is QuantOp.PER_COLUMN else (GROUP // 2, GROUP, K):
             operands = Operands.make(cuda, op, group or K, draw)
             for tactic in library.tactics:
                 if not re.search(only, tactic.name):
                     continue
-                # The whole of K as one group is a question for the GEMM's host code alone.
-                rows = GEMV_ROWS if tactic.is_gemv else GEMM_ROWS if group != K else GEMM_ROWS[:1]
-                for m in rows:
+                for m in rows_of(tactic, group):
                     turn += 1
                     given = problem(op, m, N, K, group, bool(turn % 2))
                     if library.status_of_supports(tactic.index, given) is Status.OK:
                         yield Launch(tactic, given, operands)
+
+
+def rows_of(tactic: Tactic, group: int) -> tuple[int, ...]:
+    if tactic.is_decode:
+        return DECODE_ROWS
+    if tactic.is_gemv:
+        return GEMV_ROWS
+    # The whole of K as one group is a question for the GEMM's host code alone.
+    return GEMM_ROWS if group != K else GEMM_ROWS[:1]
 
 
 class Helper:
@@ -320,11 +329,23 @@ def main() -> int:
         library.run(launch.tactic.index, buffers.args)
         cuda.synchronize()
         result = buffers.result()
+        if launch.tactic.is_decode:
+            # The first of these may overlap with no kernel, the second with the first.
+            buffers.poison()
+            buffers.args.flags = OVERLAP
+            for _ in range(2):
+                library.run(launch.tactic.index, buffers.args)
+            cuda.synchronize()
+            changed = buffers.result() != result
+        else:
+            changed = False
         buffers.free()
         error = error_of(launch, result)
         # Upstream's GEMV sums in FP16; a wrong layout or a missed element gives far more.
         bad = error is not None and not error < (2e-3 if launch.tactic.is_gemv else 4e-4)
-        print("ran" if error is None else f"error {error:.2e}{' WRONG' if bad else ''}")
+        bad = bad or changed
+        said = "ran" if error is None else f"error {error:.2e}"
+        print(f"{said}{' CHANGES' if changed else ''}{' WRONG' if bad else ''}")
         count += 1
         wrong += bad
     for helper in helpers(library, cuda, options.seed):

@@ -16,6 +16,7 @@ import pytest
 
 from .library import (
     AUTO,
+    OVERLAP,
     ApiError,
     Args,
     Build,
@@ -167,7 +168,7 @@ PROBLEMS = [
     Spoiled("group 0", put("group_size", 0), (INVALID,), "group", GROUPED),
     Spoiled("group -64", put("group_size", -64), (INVALID,), "group", GROUPED),
     Spoiled("group 63", put("group_size", 63), (INVALID, UNSUPPORTED), "group", GROUPED),
-    Spoiled("group 32", put("group_size", 32), (INVALID, UNSUPPORTED), "group", GROUPED),
+    Spoiled("group 16", put("group_size", 16), (INVALID, UNSUPPORTED), "group", GROUPED),
     Spoiled("group 192", put("group_size", 192), (INVALID,), "group", GROUPED),
     Spoiled("group 512", put("group_size", 512), (INVALID,), "group", GROUPED),
     Spoiled("group 2**32 + 64", put("group_size", 2**32 + 64), (INVALID,), "group"),
@@ -270,7 +271,7 @@ def test_missing_structs_and_outputs_are_refused(library: Library) -> None:
     check(name, INVALID, "name|tactic")
 
 
-def test_launch_arguments_of_another_size_or_with_reserved_bits_are_refused(
+def test_launch_arguments_of_another_size_or_with_unknown_flags_are_refused(
     library: Library,
 ) -> None:
     op = ops_of(library)[0]
@@ -278,9 +279,10 @@ def test_launch_arguments_of_another_size_or_with_reserved_bits_are_refused(
         call = Call.good(op)
         call.args.struct_size = size
         check(run(library, call), INVALID, "struct_size")
-    call = Call.good(op)
-    call.args.reserved = 1
-    check(run(library, call), INVALID, "reserved")
+    for flags in (2, OVERLAP | 2, 2**31, 2**32 - 1):
+        call = Call.good(op)
+        call.args.flags = flags
+        check(run(library, call), INVALID, rf"flags is {flags}")
 
 
 def test_a_later_and_longer_struct_is_accepted_only_if_its_new_members_are_zero(
@@ -376,12 +378,31 @@ def test_the_gemv_refuses_what_it_has_no_kernel_for(library: Library) -> None:
 def test_a_gemm_refuses_groups_that_are_no_multiple_of_its_tile(library: Library) -> None:
     for tactic in library.tactics:
         for op in tactic.quant_ops & set(GROUPED):
-            if tactic.is_gemv:
+            if tactic.kind != "gemm":
                 continue
             for group in (32, 96):
                 call = Call.good(op, tactic.index)
                 call.given.k, call.given.group_size = 192, group
                 check(run(library, call), UNSUPPORTED, "group")
+
+
+def test_a_decode_tactic_refuses_groups_rows_and_extents_beyond_its_own(library: Library) -> None:
+    decode = [tactic for tactic in library.tactics if tactic.is_decode]
+    if not decode:
+        pytest.skip("this library has no decode tactic")
+    for tactic in decode:
+        groups = [96] if 32 in tactic.groups else [32, 96]
+        for op in GROUPED:
+            for group in groups:
+                call = Call.good(op, tactic.index)
+                call.given.k, call.given.group_size = 192, group
+                check(run(library, call), UNSUPPORTED, f"group size {group} .* K = 192")
+        call = Call.good(GROUP_SCALE, tactic.index, m=tactic.m_max + 1)
+        check(run(library, call), UNSUPPORTED, r"\bM\b")
+        for n, k in ((2**30 + 8, 64), (8, 2**30 + 64)):
+            call = Call.good(GROUP_SCALE, tactic.index)
+            call.given.n, call.given.k = n, k
+            check(run(library, call), UNSUPPORTED, r"\b[NK]\b")
 
 
 def test_extents_whose_tiles_overflow_are_refused(library: Library) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .expected import FULL_PROFILE, Expected, full
+from .expected import FULL_PROFILE, Expected, decode_of, full
 from .library import AUTO, Library, QuantOp, Status, find_manifest, problem
 
 ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65, 300, 4096)
@@ -34,6 +34,7 @@ def test_each_tactic_has_exactly_the_expected_quant_ops(
     library: Library, expected: Expected
 ) -> None:
     wanted = dict(expected.gemm)
+    wanted.update(dict.fromkeys(expected.decode, frozenset(QuantOp)))
     if expected.gemv:
         wanted["gemv"] = frozenset(op for op, _, _ in expected.gemv)
     assert {tactic.name: tactic.quant_ops for tactic in library.tactics} == wanted
@@ -41,8 +42,8 @@ def test_each_tactic_has_exactly_the_expected_quant_ops(
 
 def test_the_default_profile_holds_21_tactics_for_each_of_3_quant_ops(library: Library) -> None:
     build = full_release(library)
-    wanted = full(gemv=not build["gemv_reason"])
-    found = {tactic.name: tactic.quant_ops for tactic in library.tactics if not tactic.is_gemv}
+    wanted = full(gemv=not build["gemv_reason"], decode=decode_of(library))
+    found = {t.name: t.quant_ops for t in library.tactics if t.kind == "gemm"}
     assert len(wanted.gemm) == 21
     assert found == wanted.gemm
 
@@ -53,7 +54,7 @@ def test_the_manifest_of_the_default_profile_lists_all_it_should(
     build = full_release(library)
     if find_manifest(library.path) is None:
         pytest.skip("no manifest.json above the library")
-    wanted = full(gemv=not build["gemv_reason"])
+    wanted = full(gemv=not build["gemv_reason"], decode=decode_of(library))
     assert expected.gemm == wanted.gemm
     assert expected.gemv == wanted.gemv
 
@@ -87,7 +88,7 @@ def test_auto_takes_a_tactic_that_supports_the_problem_wherever_one_does(
 ) -> None:
     for n, k in SHAPES:
         for op in QuantOp:
-            for group in (0,) if op is QuantOp.PER_COLUMN else (64, 128, 256):
+            for group in (0,) if op is QuantOp.PER_COLUMN else (32, 64, 128, 256):
                 if group and k % group:
                     continue
                 for m in ROWS:
@@ -135,6 +136,18 @@ def test_tactic_descriptions_agree_with_their_names(library: Library) -> None:
             assert tactic.schedule == "cuda-core"
             assert 1 <= tactic.m_min <= tactic.m_max
             assert tactic.group_multiple == 0
+            assert not tactic.uses_workspace
+            continue
+        if tactic.is_decode:
+            _, tile, *marks = tactic.name.split(":")
+            assert "x".join(map(str, tactic.tile[:2])) == tile
+            clusters = [int(mark[1:]) for mark in marks if mark.startswith("c")]
+            assert tactic.cluster == (1, 1, *(clusters or [1]))
+            wide = any(mark.startswith("s") for mark in marks)
+            assert tactic.schedule == ("wgmma" if wide else "mma")
+            assert tactic.groups == ((64, 128, 256) if wide else (32, 64, 128, 256))
+            assert tactic.group_multiple == 0
+            assert (tactic.m_min, tactic.m_max) == (1, 65535 * tactic.tile[1])
             assert not tactic.uses_workspace
             continue
         assert tactic.kind == "gemm"

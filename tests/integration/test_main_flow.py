@@ -164,12 +164,27 @@ def test_every_check_of_the_library_passed(demo: Site) -> None:
     assert all(kernel["registers"] > 0 and kernel["code_bytes"] > 0 for kernel in kernels)
 
 
+def test_decode_tactics_are_in_the_library_with_all_of_their_kernels(demo: Site) -> None:
+    (tactic,) = demo.manifest["decode"]["selected"]
+    assert tactic["name"] == "decode:64x8"
+    wanted = {kernel["ident"] for kernel in tactic["kernels"]}
+    assert len(wanted) == 6
+    kernels = [kernel for kernel in demo.report["kernels"] if kernel["kind"] == "decode"]
+    assert {kernel["kernel"] for kernel in kernels} == wanted
+    for kernel in kernels:
+        assert kernel["spill_bytes"] == 0
+        assert {"HMMA", "UTMALDG"} <= set(kernel["opcodes"])
+    assert (demo.source / "src/decode/decode_64x8.cu").is_file()
+
+
 def test_info_lists_the_tactics_of_the_manifest(demo: Site) -> None:
     info = demo.info()
     listed = {tactic["name"]: tactic["quant_ops"] for tactic in info["tactics"]}
     gemm = {name: ops for name, ops in listed.items() if name.startswith("sm90:")}
     assert gemm == dict.fromkeys(TACTICS, QUANT_OPS)
     assert "gemv" in listed
+    assert listed["decode:64x8"] == QUANT_OPS
+    assert set(listed) == {*TACTICS, "gemv", "decode:64x8"}
     assert info["bundle_digest"] == demo.manifest["bundle"]["digest"]
     assert (info["profile"], info["release"]) == ("demo", "v1.0.0")
 
@@ -198,6 +213,7 @@ def test_report_and_manifest_agree(demo: Site) -> None:
     assert counts["ignored_files"] == len(manifest["ignored"])
     assert counts["vendored_files"] == len(manifest["vendored"])
     assert counts["gemv_kernels"] == 40
+    assert (counts["decode_tactics"], counts["decode_kernels"]) == (1, 6)
     assert report["bundle"] == manifest["bundle"]
     size = demo.library.stat().st_size
     assert manifest["verification"]["library_bytes"] == size

@@ -78,6 +78,28 @@ def test_gemv_variants_of_the_profile_decide_what_is_kept(
     assert len(list(site.source.glob("src/gemv/*.cu"))) == len(selected) == families
 
 
+def test_decode_tactics_of_the_profile_are_units_of_the_bundle(fresh: Fresh) -> None:
+    entries = {
+        "narrow": [{"rows": 32, "tokens": 8, "ctas_per_sm": 2}],
+        "wide": [{"rows": 128, "tokens": 32, "sets": 2, "cluster": 2}],
+    }
+    site = fresh(decode=entries)
+    site.extract()
+    names = ["decode:32x8:o2", "decode:128x32:s2:c2"]
+    assert [tactic["name"] for tactic in site.manifest["decode"]["selected"]] == names
+    assert {path.stem for path in site.source.glob("src/decode/*.cu")} == {
+        "decode_32x8_o2",
+        "decode_128x32_s2_c2",
+    }
+    table = (site.source / "src/kernels.cpp").read_text(encoding="utf-8")
+    assert '"decode:128x32:s2:c2", "wgmma", 2, &decode::decode_128x32_s2_c2' in table
+
+
+def test_a_profile_without_decode_tactics_has_none_and_says_so(small: Site) -> None:
+    found = small.manifest["decode"]
+    assert found == {"selected": [], "reason": "the profile asks for no decode kernels"}
+
+
 def test_a_profile_without_gemv_has_none_and_says_so(small: Site) -> None:
     manifest = small.manifest
     assert manifest["gemv"]["selected"] == []

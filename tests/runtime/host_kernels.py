@@ -42,10 +42,10 @@ class HostKernels:
     def prepared(self, *arguments: Any) -> Any:
         tactic, quant_op, m, n, k, group_size, b, scales, zeros, bias, size = arguments
 
-        def launch(a: int, c: int, workspace: int, stream: int) -> None:
+        def launch(a: int, c: int, workspace: int, stream: int, overlap: bool) -> None:
             weight = (b, scales, zeros or None, bias or None)
             given = (a, *weight, c, workspace or None, size)
-            self.run(tactic, quant_op, m, n, k, group_size, *given, stream)
+            self.run(tactic, quant_op, m, n, k, group_size, *given, stream, overlap)
 
         return launch
 

@@ -46,6 +46,20 @@ def gemv(index: int) -> Tactic:
     )
 
 
+def decode(index: int, rows: int, tokens: int) -> Tactic:
+    return replace(
+        gemm(index, rows, tokens),
+        name=f"decode:{rows}x{tokens}",
+        kind="decode",
+        schedule="mma",
+        tile=(rows, tokens, 256),
+        m_max=65535 * tokens,
+        group_multiple=0,
+        groups=(32, 64, 128, 256),
+        uses_workspace=False,
+    )
+
+
 TACTICS = (
     *(gemm(0, 64, 16), gemm(1, 64, 64), gemm(2, 128, 16), gemm(3, 128, 64), gemm(4, 128, 128)),
     *(gemm(5, 128, 256), gemm(6, 128, 256, "2x1x1"), gemv(7)),
@@ -95,11 +109,14 @@ class FakeLibrary:
                 return "too many rows"
             if problem.group_size not in (0, *known.groups):
                 return "no such group size"
+        if tactic >= 0 and known.kind == "gemm" and problem.group_size % 64:
+            return "groups are multiples of 64"
         return ""
 
     def auto_tactic(self, problem: Problem) -> int:
+        kind = "decode" if problem.group_size % 64 else "gemm"
         for tactic in self.tactics:
-            if tactic.kind == "gemm":
+            if tactic.kind == kind:
                 reason = self.why_unsupported(tactic.index, problem)
                 if reason:
                     raise UnsupportedError(reason)
@@ -116,6 +133,8 @@ def true_us(tactic: Tactic, case: Case, m: int) -> float:
     if tactic.kind == "gemv":
         return 3 + size * 0.1 * m
     tile_n, tile_m = tactic.tile[:2]
+    if tactic.kind == "decode":
+        return (2 + size * 0.1) * -(-m // tile_m)
     cluster = tactic.cluster[0]
     tiles = -(-case.n // tile_n) * -(-m // tile_m)
     work = tiles * tile_n * tile_m * case.k / 2**20

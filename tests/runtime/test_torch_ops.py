@@ -475,15 +475,16 @@ def test_a_prepared_launch_passes_what_a_launch_does(
         prepared = LIBRARY.prepared(*shape, 16, 32, zeros, bias, size)
         for stream in (0, 2**46, 0):
             weight = (16, 32, zeros or None, bias or None)
-            LIBRARY.run(*shape, 64, *weight, 2**45, workspace or None, size, stream)
-            prepared(64, 2**45, workspace, stream)
+            overlaps = stream != 0
+            LIBRARY.run(*shape, 64, *weight, 2**45, workspace or None, size, stream, overlaps)
+            prepared(64, 2**45, workspace, stream, overlaps)
             assert seen[-1] == seen[-2]
             assert seen[-1][3] == stream
 
 
 def test_a_prepared_launch_that_is_refused_says_why() -> None:
     with pytest.raises(w4a16.W4A16Error):
-        LIBRARY.prepared(10**6, 2, 1, 8, 64, 64, 16, 16, 16, 0, 0)(16, 16, 0, 0)
+        LIBRARY.prepared(10**6, 2, 1, 8, 64, 64, 16, 16, 16, 0, 0)(16, 16, 0, 0, False)
 
 
 def test_wrong_arguments_of_a_launch_are_explained_before_it(kernels: HostKernels) -> None:
@@ -556,7 +557,6 @@ def test_a_launch_that_is_captured_or_fails_or_has_no_rows_does_not_count_as_one
     kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     product = Product(8)
-    run = kernels.run
 
     def fails(*_: Any) -> None:
         raise w4a16.InternalError("no")
@@ -565,10 +565,9 @@ def test_a_launch_that_is_captured_or_fails_or_has_no_rows_does_not_count_as_one
         patch.setattr(torch_ops, "_capturing", lambda: True)
         assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, False]
     with monkeypatch.context() as patch:
-        patch.setattr(w4a16.LIBRARY, "run", fails)
+        patch.setattr(kernels, "run", fails)
         with pytest.raises(w4a16.InternalError):
             LAUNCH(*product.arguments)
-        patch.setattr(w4a16.LIBRARY, "run", run)
     LAUNCH(product.x[:0], *product.arguments[1:])
     assert [overlaps(kernels, *product.arguments) for _ in range(2)] == [False, True]
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ from w4a16.library import QuantOp
 from w4a16.tables import BUCKETS, Case
 from w4a16.tune import Measured, TuneResult, buckets_of, cases_of, tune, tune_model
 
-from .tactics_fakes import TACTICS, FakeLibrary, FakeTimer, key, true_us
+from .tactics_fakes import TACTICS, FakeLibrary, FakeTimer, decode, key, true_us
 
 #: ``w4a16.tune`` is a function, and a module of that name.
 MODULE: ModuleType = import_module("w4a16.tune")
@@ -110,6 +110,30 @@ def test_a_small_tile_that_lost_by_far_is_given_up_as_rows_grow() -> None:
     assert 2 not in last, "128x16"
     assert 0 in last, "what the library's rule takes is always timed"
     assert {4, 5, 6} <= set(last)
+
+
+@pytest.fixture
+def with_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two decode tactics besides."""
+    install(monkeypatch, FakeLibrary((*TACTICS, decode(8, 64, 8), decode(9, 64, 16))))
+
+
+@pytest.mark.usefixtures("with_decode")
+def test_decode_tactics_are_timed_up_to_some_blocks_of_their_rows_and_not_beyond() -> None:
+    result = tune((4096, 4096))
+    for row in result.rows:
+        assert ("decode:64x8" in row.us) == (row.m <= 8 * MODULE.MOST_BLOCKS), row.m
+        assert ("decode:64x16" in row.us) == (row.m <= 16 * MODULE.MOST_BLOCKS), row.m
+    assert result.rows[0].best == "decode:64x8"
+    assert result.rows[-1].best.startswith("sm90:")
+
+
+@pytest.mark.usefixtures("with_decode")
+def test_decode_tactics_are_timed_at_any_rows_where_nothing_else_runs() -> None:
+    result = tune((4096, 4096, 32), [1, 8192])
+    for row in result.rows:
+        assert set(row.us) == {"decode:64x8", "decode:64x16"}
+    assert result.rows[-1].best == "decode:64x16"
 
 
 def test_one_short_pass_will_do_if_asked_for() -> None:

@@ -190,7 +190,7 @@ def test_the_description_lists_units_and_totals() -> None:
     assert "2 at a time" in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("kind", ["gemm", "gemv", "cuda", "cxx"])
+@pytest.mark.parametrize("kind", ["gemm", "gemv", "decode", "cuda", "cxx"])
 def test_every_kind_has_costs(kind: Kind) -> None:
     assert COSTS.of(kind).fixed_seconds >= 0
 

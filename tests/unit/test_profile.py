@@ -213,7 +213,8 @@ def test_an_unknown_key_names_the_nearest_right_one(tmp_path: Path, key: str, ne
 def test_an_unknown_key_like_no_other_gets_the_whole_list(tmp_path: Path) -> None:
     with pytest.raises(ProfileError) as caught:
         changed(tmp_path, "gates.zzz", 1)
-    assert "known keys: gemm_sass, library_bytes, spill_bytes" in caught.value.details
+    known = "gemm_sass, library_bytes, narrow_sass, spill_bytes, wide_sass"
+    assert f"known keys: {known}" in caught.value.details
 
 
 def test_the_python_name_of_an_aliased_key_is_unknown(tmp_path: Path) -> None:
@@ -337,6 +338,7 @@ KEYS = [
     *("name", "upstream", "architecture", "weight", "gemm", "gemv", "build", "gates"),
     *("upstream.trtllm", "upstream.trtllm.ref", "gemm.tiles", "gemm.quant_ops", "gemv.m"),
     *("gemv.groups", "gemv.bias", "gates.library_bytes", "build.compress"),
+    *("decode", "decode.narrow", "decode.wide"),
 ]
 
 

@@ -35,6 +35,7 @@ def manifest(url: str = f"{URL}.git", *, matches_lock: bool | None = True) -> di
         },
         "selected": [{"tactic": "sm90:64x16x64:1x1x1"}] * 3,
         "gemv": {"selected": [{"kernels": [{"m": 1}, {"m": 2}]}, {"kernels": [{"m": 1}]}]},
+        "decode": {"selected": [{"kernels": [{"group": 32}, {"group": 64}]}]},
         "vendored": [
             {
                 "path": "third_party/tensorrt_llm/a.h",
@@ -87,6 +88,7 @@ def test_what_the_stages_left_is_gathered() -> None:
     assert found.trtllm.files == {"cpp/a.h": "aa" * 32}
     assert found.cutlass.files == {"include/b.h": "bb" * 32}
     assert (found.kernels.gemm, found.kernels.gemv, found.kernels.device) == (3, 3, 5)
+    assert found.kernels.decode == 2
     assert found.library.cuda_runtime == "13.2"
     assert found.library.bytes == LIBRARY.stat().st_size
     assert found.profile == "w4a16-sm90"

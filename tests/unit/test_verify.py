@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.decode import Decode, DecodeTactic
 from pipeline.elf import ElfFacts, Undefined
 from pipeline.errors import VerifyError
 from pipeline.model import (
+    QUANT_OPS,
     GemmKernel,
     Gemv,
     GemvFamily,
@@ -23,7 +25,7 @@ from pipeline.model import (
     Shape3,
     shape_text,
 )
-from pipeline.sass import Code, DeviceKernel, Usage
+from pipeline.sass import Code, DeviceKernel, Usage, decode_key
 from pipeline.verify import (
     Check,
     Verification,
@@ -41,6 +43,8 @@ class Limits:
     library_bytes: int = 1000
     spill_bytes: int = 0
     gemm_sass: tuple[str, ...] = ("HGMMA", "UTMALDG")
+    narrow_sass: tuple[str, ...] = ("HMMA", "UTMALDG")
+    wide_sass: tuple[str, ...] = ("HGMMA", "UTMALDG")
 
 
 def gemm(op: QuantOp, cta: Shape3, cluster: Shape3) -> GemmKernel:
@@ -70,6 +74,8 @@ def gemm(op: QuantOp, cta: Shape3, cluster: Shape3) -> GemmKernel:
 
 TILE: Shape3 = (64, 16, 64)
 ONE: Shape3 = (1, 1, 1)
+NARROW = DecodeTactic(kind="narrow", rows=64, tokens=8, ctas_per_sm=1)
+WIDE = DecodeTactic(kind="wide", rows=128, tokens=32, ctas_per_sm=1, sets=2, cluster=2)
 SELECTION = Selection(
     selected=(
         gemm("per_column", TILE, ONE),
@@ -94,6 +100,7 @@ SELECTION = Selection(
         dropped=(),
         reason="",
     ),
+    decode=Decode(selected=(NARROW, WIDE)),
 )
 
 
@@ -125,7 +132,20 @@ def gemv_device(m: int = 1) -> DeviceKernel:
     )
 
 
-ALL = [gemm_device(), gemm_device(zero=True), gemv_device(), device("w4a16::own(int)")]
+def decode_device(tactic: DecodeTactic, ident: str, **opcodes: int) -> DeviceKernel:
+    usual = {"HMMA" if tactic.kind == "narrow" else "HGMMA": 8, "UTMALDG": 2}
+    return device(
+        f"void w4a16::decode::{tactic.kind}_kernel<w4a16::decode::{ident}>(CUtensorMap_st, "
+        "CUtensorMap_st, w4a16::decode::Problem)",
+        opcodes or usual,
+    )
+
+
+DECODE = [decode_device(t, kernel.ident) for t in (NARROW, WIDE) for kernel in t.kernels]
+ALL = [
+    *(gemm_device(), gemm_device(zero=True), gemv_device(), device("w4a16::own(int)")),
+    *DECODE,
+]
 FACTS = ElfFacts(
     size=900,
     stripped=True,
@@ -145,7 +165,7 @@ def failed(checks: object) -> list[str]:
 def test_a_library_with_just_the_selected_kernels_passes() -> None:
     assert failed(check_kernels(ALL, SELECTION)) == []
     assert failed(check_linkage(FACTS)) == []
-    assert failed(check_gates(FACTS, ALL, Limits())) == []
+    assert failed(check_gates(FACTS, ALL, Limits(), SELECTION)) == []
 
 
 def test_a_tactic_without_its_kernel_fails_for_each_quant_op() -> None:
@@ -155,7 +175,7 @@ def test_a_tactic_without_its_kernel_fails_for_each_quant_op() -> None:
 
 
 def test_a_missing_gemv_kernel_fails() -> None:
-    (problem,) = failed(check_kernels([*ALL[:2]], SELECTION))
+    (problem,) = failed(check_kernels([*ALL[:2], *DECODE], SELECTION))
     assert "gemv_gs_g64 m1" in problem
 
 
@@ -165,11 +185,37 @@ def test_a_missing_gemv_kernel_fails() -> None:
         (gemm_device((128, 16, 64)), "gemm 128x16x64 1x1x1"),
         (gemv_device(2), "gemv m02"),
         (device("void other::kernel(int)"), "other::kernel"),
+        (decode_device(NARROW, "decode_64x8_g48"), "decode_64x8_g48"),
     ],
 )
 def test_a_kernel_that_nobody_selected_fails(stranger: DeviceKernel, said: str) -> None:
     (problem,) = failed(check_kernels([*ALL, stranger], SELECTION))
     assert said in problem
+
+
+def test_a_decode_tactic_that_lacks_a_kernel_fails_and_is_named() -> None:
+    lost = DECODE[-1]
+    (problem,) = failed(check_kernels([k for k in ALL if k is not lost], SELECTION))
+    assert "decode:128x32:s2:c2 decode_128x32_s2_c2_g128" in problem
+
+
+@pytest.mark.parametrize(
+    ("tactic", "opcodes", "said"),
+    [
+        (NARROW, {"HGMMA": 1, "UTMALDG": 1}, "narrow decode kernel has HMMA"),
+        (NARROW, {"HMMA": 1}, "narrow decode kernel has UTMALDG"),
+        (WIDE, {"HMMA": 1, "UTMALDG": 1}, "wide decode kernel has HGMMA"),
+    ],
+)
+def test_a_decode_kernel_without_an_opcode_of_the_gate_fails(
+    tactic: DecodeTactic, opcodes: dict[str, int], said: str
+) -> None:
+    ident = tactic.kernels[0].ident
+    kernels = [k for k in ALL if decode_key(k.name) != ident]
+    kernels.append(decode_device(tactic, ident, **opcodes))
+    (problem,) = failed(check_gates(FACTS, kernels, Limits(), SELECTION))
+    assert said in problem
+    assert ident in problem
 
 
 def test_two_kernels_under_one_tactic_fail() -> None:
@@ -186,19 +232,19 @@ def test_copies_of_a_kernel_are_reported_and_pass() -> None:
 
 def test_a_gemm_kernel_without_an_opcode_of_the_gate_fails() -> None:
     kernels = [gemm_device(HGMMA=1), *ALL[1:]]
-    (problem,) = failed(check_gates(FACTS, kernels, Limits()))
+    (problem,) = failed(check_gates(FACTS, kernels, Limits(), SELECTION))
     assert "UTMALDG" in problem
 
 
 def test_a_spill_over_the_gate_fails_and_one_below_passes() -> None:
     kernels = [*ALL, device("w4a16::spills(int)", {"STL": 2}, stack=48)]
-    (problem,) = failed(check_gates(FACTS, kernels, Limits()))
+    (problem,) = failed(check_gates(FACTS, kernels, Limits(), SELECTION))
     assert "w4a16::spills (48 B)" in problem
-    assert failed(check_gates(FACTS, kernels, Limits(spill_bytes=48))) == []
+    assert failed(check_gates(FACTS, kernels, Limits(spill_bytes=48), SELECTION)) == []
 
 
 def test_a_library_over_the_gate_fails() -> None:
-    (problem,) = failed(check_gates(replace(FACTS, size=1001), ALL, Limits()))
+    (problem,) = failed(check_gates(replace(FACTS, size=1001), ALL, Limits(), SELECTION))
     assert "1001 B" in problem
 
 
@@ -245,7 +291,8 @@ TACTICS = {
             "quant_ops": ["per_column", "group_scale", "group_scale_zero"],
         },
         {"name": "gemv", "quant_ops": ["group_scale"]},
-        {"name": "decode:8x128", "quant_ops": ["group_scale"]},
+        {"name": "decode:64x8", "quant_ops": list(QUANT_OPS)},
+        {"name": "decode:128x32:s2:c2", "quant_ops": list(QUANT_OPS)},
     ]
 }
 
@@ -258,12 +305,14 @@ def test_a_tactic_that_is_not_listed_fails(tmp_path: Path) -> None:
     check = check_dispatcher(info(tmp_path, {"tactics": TACTICS["tactics"][:1]}), SELECTION, None)
     assert not check.ok
     assert "not listed: gemv group_scale" in check.detail
+    assert "not listed: decode:64x8 per_column" in check.detail
 
 
 def test_a_listed_tactic_that_is_not_selected_fails(tmp_path: Path) -> None:
-    more = [*TACTICS["tactics"], {"name": "sm90:1x1x1:1x1x1", "quant_ops": ["per_column"]}]
-    check = check_dispatcher(info(tmp_path, {"tactics": more}), SELECTION, None)
-    assert "not selected: sm90:1x1x1:1x1x1 per_column" in check.detail
+    for name in ("sm90:1x1x1:1x1x1", "decode:16x8"):
+        more = [*TACTICS["tactics"], {"name": name, "quant_ops": ["per_column"]}]
+        check = check_dispatcher(info(tmp_path / name, {"tactics": more}), SELECTION, None)
+        assert f"not selected: {name} per_column" in check.detail
 
 
 @pytest.mark.parametrize("answer", ["not JSON", "{}", '{"tactics": [{"name": "x"}]}', "[]"])
@@ -311,6 +360,7 @@ def test_all_failed_checks_are_in_one_error() -> None:
 
 def test_kernels_have_short_names() -> None:
     assert readable(gemm_device(zero=True)) == "gemm 64x16x64 1x1x1 zero"
+    assert readable(DECODE[0]) == "decode_64x8_g32"
     assert readable(gemv_device()) == "gemv m01 n8 t128 g64"
     assert readable(device("void w4a16::a::f<3>(int, int)")) == "w4a16::a::f<3>"
 

@@ -247,6 +247,36 @@ def test_nothing_waits_for_the_gpu(product: Product) -> None:
     torch.cuda.synchronize()
 
 
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_weights_that_torch_changes_between_launches_that_overlap_are_not_read_early(
+    m: int,
+) -> None:
+    one, other = (Product("zeros and bias", seed=seed) for seed in (1, 2))
+    x = one.x(m)
+    weight = [tensor if tensor is None else tensor.clone() for tensor in one.weight]
+    wanted = [OPS.linear(x, *product.arguments) for product in (one, other)]
+    found = []
+    for turn in range(6):
+        for tensor, source in zip(weight, (one, other)[turn % 2].weight, strict=True):
+            if tensor is not None:
+                tensor.copy_(source)
+        found += [OPS.linear(x, *weight, one.k, one.n) for _ in range(3)]
+    for place, result in enumerate(found):
+        assert torch.equal(result, wanted[place // 3 % 2]), place
+
+
+def test_launches_give_the_same_bits_with_and_without_overlap(product: Product) -> None:
+    x = product.x(8)
+    OPS.linear(x, *product.arguments)
+    overlapping = [OPS.linear(x, *product.arguments) for _ in range(5)]
+    w4a16.set_overlap(False)
+    try:
+        plain = OPS.linear(x, *product.arguments)
+    finally:
+        w4a16.set_overlap(True)
+    assert all(torch.equal(found, plain) for found in overlapping)
+
+
 @pytest.mark.parametrize("kind", ["zeros and bias", "act-order"])
 @pytest.mark.parametrize("m", [1, 64, 300])
 def test_only_the_output_and_one_workspace_are_allocated(kind: str, m: int) -> None:

@@ -1,0 +1,165 @@
+"""Decode tactics: what a profile may ask for, their names, and the units that make them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline import decode
+from pipeline.decode import DecodeTactic
+from pipeline.errors import ProfileError
+from pipeline.plan import members_of
+from pipeline.profile import Profile, load_profile
+from pipeline.releases import ReleaseFacts
+from pipeline.render import TEMPLATES
+
+from .conftest import ROOT, raw_profile
+
+FULL = ROOT / "configs" / "w4a16-sm90.yaml"
+NARROW = DecodeTactic(kind="narrow", rows=224, tokens=8, ctas_per_sm=1, row_groups=2)
+WIDE = DecodeTactic(kind="wide", rows=128, tokens=32, ctas_per_sm=2, sets=2, buffers=4, cluster=2)
+
+
+def profile_with(folder: Path, section: object) -> Profile:
+    values: Any = {**raw_profile(), "decode": section}
+    path = folder / "profile.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return load_profile(path)
+
+
+def facts(layout: str) -> ReleaseFacts:
+    made: Any = SimpleNamespace(launcher=SimpleNamespace(sm90_layout=layout))
+    return made  # type: ignore[no-any-return]
+
+
+def unit(tactic: DecodeTactic) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("decode_unit.cu.j2").render(tactic=tactic)
+
+
+def test_a_name_says_all_that_tells_a_tactic_apart() -> None:
+    assert NARROW.name == "decode:224x8:g2"
+    assert WIDE.name == "decode:128x32:s2:o2:c2:n4"
+    assert WIDE.ident == "decode_128x32_s2_o2_c2_n4"
+    plain = DecodeTactic(kind="narrow", rows=64, tokens=16, ctas_per_sm=1)
+    assert plain.name == "decode:64x16"
+    # The same rows and tokens by the other kind of kernel.
+    assert replace(plain, kind="wide").name == "decode:64x16:s1"
+
+
+def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_its_own() -> None:
+    for path in (FULL, ROOT / "configs" / "demo.yaml"):
+        tactics = decode.select(load_profile(path), facts("permuted")).selected
+        kernels = [kernel.ident for tactic in tactics for kernel in tactic.kernels]
+        assert tactics
+        assert len({tactic.name for tactic in tactics}) == len(tactics)
+        assert len(set(kernels)) == len(kernels)
+        for tactic in tactics:
+            assert re.fullmatch(r"decode:\d+x\d+(:[sgocn]\d)*", tactic.name)
+            assert tactic.ident.isidentifier()
+
+
+def test_the_rule_of_auto_names_tactics_as_a_profile_would() -> None:
+    text = (TEMPLATES / "bundle/src/choose.cpp").read_text(encoding="utf-8")
+    header = (TEMPLATES / "bundle/include/w4a16.h.j2").read_text(encoding="utf-8")
+    named = re.findall(r'^    \{\d+, "(decode:[^"]+)"', text, re.MULTILINE)
+    assert named
+    for name in named:
+        assert re.fullmatch(r"decode:\d+x\d+(:s\d)?(:g\d)?(:o2)?(:c\d)?(:n4)?", name)
+        assert name.removeprefix("decode:") in header, f"w4a16.h does not state {name}"
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_each_group_size_has_the_kernel_that_takes_it(zeros: bool) -> None:
+    for group in (32, 64, 128):
+        found = NARROW.kernel_for(group, zeros)
+        assert found is not None
+        assert (found.group, found.zeros) == (group, zeros)
+    assert WIDE.kernel_for(32, zeros) is None
+    small, large = WIDE.kernel_for(64, zeros), WIDE.kernel_for(128, zeros)
+    assert small is not None
+    assert large is not None
+    assert not small.folded
+    assert large.folded == (not zeros)
+    most = replace(WIDE, tokens=64).kernel_for(128, zeros)
+    assert most == replace(WIDE, tokens=64).kernel_for(64, zeros)
+
+
+@pytest.mark.parametrize("tactic", [NARROW, WIDE], ids=lambda tactic: tactic.name)
+def test_a_unit_instantiates_each_kernel_of_its_tactic_once_and_no_other(
+    tactic: DecodeTactic,
+) -> None:
+    text = unit(tactic)
+    assert f'#include "decode/{tactic.kind}.h"' in text
+    shapes = re.findall(r"^struct (\w+) : (\w+)<([^>]+)> \{\};$", text, re.MULTILINE)
+    assert [name for name, _, _ in shapes] == [kernel.ident for kernel in tactic.kernels]
+    assert {shape for _, shape, _ in shapes} == {f"{tactic.kind.capitalize()}Shape"}
+    used = set(re.findall(rf"{tactic.kind}_kernel<(\w+)>", text))
+    assert used == {kernel.ident for kernel in tactic.kernels}
+    assert f"const Kernels {tactic.ident} = {{" in text
+
+
+def test_a_shape_has_the_parameters_of_its_configuration() -> None:
+    assert "decode_224x8_g2_g64_z : NarrowShape<2, 7, 1, 8, 0, 64, true, 1>" in unit(NARROW)
+    text = unit(WIDE)
+    assert "_g64_z : WideShape<2, 2, 32, 0, true, false, 4, 2>" in text
+    assert "_g128 : WideShape<2, 2, 32, 0, false, true, 4, 2>" in text
+
+
+def test_a_release_with_another_packed_layout_or_a_profile_without_a_section_has_none() -> None:
+    profile = load_profile(FULL)
+    found = decode.select(profile, facts("signed"))
+    assert found.selected == ()
+    assert "layout is signed" in found.reason
+    assert decode.select(profile, facts("permuted")).reason == ""
+    none = decode.select(profile.model_copy(update={"decode": None}), facts("permuted"))
+    assert none.selected == ()
+    assert none.reason == "the profile asks for no decode kernels"
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({}, "name at least one configuration"),
+        ({"narrow": [{"rows": 64}]}, "decode.narrow.0.tokens"),
+        ({"narrow": [{"rows": 72, "tokens": 8}]}, "not a multiple of 16"),
+        ({"narrow": [{"rows": 80, "tokens": 8, "row_groups": 2}]}, "not a multiple of 32"),
+        ({"narrow": [{"rows": 272, "tokens": 8}]}, "decode.narrow.0.rows"),
+        ({"narrow": [{"rows": 64, "tokens": 12}]}, "decode.narrow.0.tokens"),
+        ({"narrow": [{"rows": 64, "tokens": 8, "cta_per_sm": 2}]}, "did you mean 'ctas_per_sm'?"),
+        ({"narrow": [{"rows": 64, "tokens": 8}] * 2}, "given twice"),
+        ({"wide": [{"rows": 96, "tokens": 32}]}, "decode.wide.0.rows"),
+        ({"wide": [{"rows": 256, "tokens": 32, "sets": 2}]}, "8 warpgroups"),
+        ({"wide": [{"rows": 64, "tokens": 32, "cluster": 3}]}, "decode.wide.0.cluster"),
+        ({"wider": []}, "did you mean 'wide'?"),
+    ],
+)
+def test_a_wrong_section_is_one_error_that_names_the_key(
+    tmp_path: Path, section: object, said: str
+) -> None:
+    with pytest.raises(ProfileError) as caught:
+        profile_with(tmp_path, section)
+    assert said in caught.value.details
+
+
+def test_each_tactic_is_planned_as_a_unit_with_its_kernels() -> None:
+    selection: Any = SimpleNamespace(
+        selected=(),
+        gemv=SimpleNamespace(selected=()),
+        decode=SimpleNamespace(selected=(NARROW, WIDE)),
+    )
+    files = [f"src/decode/{NARROW.ident}.cu", f"src/decode/{WIDE.ident}.cu", "src/a/b.cu"]
+    found = {(member.kind, member.kernels) for member in members_of(selection, files)}
+    assert found == {("decode", 6), ("decode", 3), ("cuda", 1)}
