@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 import sys
@@ -23,10 +25,12 @@ def find_library() -> None:
         raise Missing(str(error)) from None
     # The tables that ship decide, not what somebody tuned on this machine.
     os.environ["W4A16_CACHE"] = "off"
-    try:
-        import w4a16  # noqa: F401
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("w4a16") is None:
         sys.path.insert(0, str(_RUNTIME))
+    try:
+        importlib.import_module("w4a16.library")
+    except ImportError as error:
+        raise Missing(f"the package cannot be loaded: {error}") from None
 
 
 def load_torch() -> Any:
@@ -38,6 +42,17 @@ def load_torch() -> Any:
     if not torch.cuda.is_available():
         raise Missing("torch sees no CUDA device: run this on a machine with a Hopper GPU")
     return torch
+
+
+def check(device: int) -> None:
+    """Raises :class:`Missing` for a GPU that the library was not built for."""
+    from w4a16.errors import W4A16Error
+    from w4a16.library import LIBRARY
+
+    try:
+        LIBRARY.check_device(device)
+    except W4A16Error as error:
+        raise Missing(str(error)) from None
 
 
 def describe(gpu: Any, clocks: Any) -> dict[str, Any]:

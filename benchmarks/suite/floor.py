@@ -157,8 +157,7 @@ def measure_matmul(
     replay = gpu.capture(launch, _MATMUL_LAUNCHES, torch_graph=True)
     try:
         found: dict[Mode, Times] = {}
-        gpu.rest(pause)
-        found["burst"] = gpu.rounds([replay], rounds, warm)[0]
+        found["burst"] = gpu.rounds([replay], rounds, warm, pause)[0]
         gpu.busy([replay], sustain)
         found["sustained"] = gpu.rounds([replay], rounds, 0)[0]
         return found

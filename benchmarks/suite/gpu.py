@@ -14,6 +14,8 @@ Launch: TypeAlias = Callable[[int], Any]
 """Puts launch i on the stream. Returns its output if it is not one of the slots given to it."""
 
 GRAPH = "graph"
+#: Replays that run ahead of a round after a pause.
+_AHEAD = 3
 EAGER = "calls one by one between two events, without a graph"
 
 
@@ -83,20 +85,30 @@ class Gpu:
 
     # ---- Time ----
 
-    def rounds(self, replays: Sequence[Replay], rounds: int, warm: int) -> list[Times]:
-        """Microseconds of a launch in each round; every round runs each of them once.
+    def rounds(
+        self, replays: Sequence[Replay], rounds: int, warm: int, pause: float = 0.0
+    ) -> list[Times]:
+        """Microseconds of a launch in each round; every round runs each of them once, and begins
+        with another one.
 
-        Rounds to warm up come first and are left out. What runs ahead of a round keeps the GPU
-        busy until the host has put the round on the stream: an idle GPU would wait for the host
-        between an event and a graph.
+        Rounds to warm up come first and are left out. With a pause the GPU is idle so long before
+        each round. What runs ahead of a round brings the clocks up after a pause, and keeps the
+        GPU busy until the host has put the round on the stream: an idle GPU would wait for the
+        host between an event and a graph.
         """
-        events = self._pairs(len(replays))
+        count = len(replays)
+        events = self._pairs(count)
         found: list[list[float]] = [[] for _ in replays]
         for turn in range(warm + rounds):
-            replays[-1].launch()
-            for replay, (begin, end) in zip(replays, events, strict=True):
+            if pause:
+                self.rest(pause)
+            order = [(turn + i) % count for i in range(count)]
+            for _ in range(_AHEAD if pause else 1):
+                replays[order[-1]].launch()
+            for i in order:
+                begin, end = events[i]
                 begin.record(self.stream)
-                replay.launch()
+                replays[i].launch()
                 end.record(self.stream)
             self.synchronize()
             if turn >= warm:

@@ -66,6 +66,7 @@ def main(options: argparse.Namespace, case: Case, command: str) -> int:
     from benchmarks.suite.weights import Rows, Weights
 
     gpu = Gpu(torch)
+    environment.check(gpu.device)
     clocks = Clocks(gpu.uuid)
     said: list[str] = []
     with gpu:

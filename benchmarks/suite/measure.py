@@ -20,14 +20,14 @@ from benchmarks.suite.weights import MANY_ROWS
 class Method:
     """How it is measured; stands in every result."""
 
-    replays: int = 9
+    replays: int = 7
     """Timed rounds; a round runs every contender's graph once."""
-    replays_many_rows: int = 7
+    replays_many_rows: int = 5
     """From 512 rows on, where a graph takes long."""
     warm: int = 2
     """Rounds before those."""
-    pause_s: float = 0.05
-    """The GPU is left idle so long before a burst."""
+    pause_s: float = 0.02
+    """The GPU is left idle so long before each round of a burst, from 16 rows on."""
     sustain_s: float = 0.35
     """All contenders run in turns so long before sustained times are taken."""
     plain_finalists: int = 3
@@ -239,8 +239,9 @@ class Bench:
         """A peer's entrants on a case, or one that says why there is none."""
         if reason := self._seen.slow.get(peer.name, ""):
             return [_absent(peer.name, "left out", reason)]
-        if self._spent.get(peer.name, 0.0) > self._limit:
-            reason = f"its preparing took {self._spent[peer.name]:.0f} s of {self._limit:.0f}"
+        spent = self._spent.get(peer.name, 0.0)
+        if spent > self._limit:
+            reason = f"its preparing took {spent:.0f} s, more than {self._limit:.0f}"
             return [_absent(peer.name, "left out", reason)]
         begin = time.monotonic()
         try:
@@ -256,7 +257,7 @@ class Bench:
             self._require_gpu(f"{peer.name}: {brief(error)}")
             return [_absent(peer.name, "failed", brief(error))]
         finally:
-            self._spent[peer.name] = self._spent.get(peer.name, 0.0) + time.monotonic() - begin
+            self._spent[peer.name] = spent + time.monotonic() - begin
 
     def _prepared_of(self, peer: Contender) -> Prepared | str:
         if peer.name not in self._prepared:
@@ -326,9 +327,8 @@ class Bench:
             return
         m, method = job.case.m, self._method
         replays = [replay for _, replay in ready]
-        if m >= SUSTAINED_FROM:
-            self._gpu.rest(method.pause_s)
-        self._note(ready, "burst", self._gpu.rounds(replays, method.rounds(m), method.warm))
+        pause = method.pause_s if m >= SUSTAINED_FROM else 0.0
+        self._note(ready, "burst", self._gpu.rounds(replays, method.rounds(m), method.warm, pause))
         conditions["burst"] = self._clocks()
         if m >= SUSTAINED_FROM and job.sustained:
             self._gpu.busy(replays, method.sustain_s)

@@ -19,7 +19,7 @@ from benchmarks.suite.results import MODES, CaseResult, Mode, Result
 from benchmarks.suite.tables import Mean, Pick
 
 _MODES: dict[Mode, str] = {
-    "burst": "burst: the first replays after a pause",
+    "burst": "burst: each round after a pause",
     "sustained": "sustained: after a long run of all contenders",
 }
 
@@ -156,8 +156,9 @@ def _method(result: Result) -> str:
         f" {s.get('launches')} launches ({s.get('launches_many_rows')} or more from"
         f" M = {s.get('many_rows')} on), after {s.get('warm')} to warm up; every round runs every"
         f" contender once. Weights, activations and outputs take turns over"
-        f" {int(s.get('rotation_bytes', 0)) >> 20} MiB; data is random. *Burst* follows a pause of"
-        f" {s.get('pause_s')} s; *sustained* (from M = {s.get('sustained_from')} on) follows"
+        f" {int(s.get('rotation_bytes', 0)) >> 20} MiB; data is random. In a *burst* every"
+        f" round follows a pause of {s.get('pause_s')} s (from M = {s.get('sustained_from')} on);"
+        f" *sustained* (from M = {s.get('sustained_from')} on) follows"
         f" {s.get('sustain_s')} s of all contenders in turns. Every line was compared with float64"
         f" arithmetic before it was timed (relative error at most {s.get('limit'):g}, BF16"
         f" {s.get('limit_bf16'):g}).\n\n"

@@ -145,6 +145,7 @@ def run(options: argparse.Namespace, jobs: Sequence[Job], begin: float, command:
     from benchmarks.suite.gpu import Gpu
 
     gpu = Gpu(torch)
+    environment.check(gpu.device)
     clocks = Clocks(gpu.uuid)
     with gpu:
         return _Session(options, jobs, begin, command, gpu, clocks).run()

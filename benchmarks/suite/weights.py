@@ -47,28 +47,29 @@ class Weights:
     """A random weight on the GPU, packed for our kernels, in so many copies as the rotation wants,
     and as plain numbers for everybody else."""
 
-    def __init__(self, torch: Any, weight: Weight, l2_bytes: int) -> None:
+    def __init__(self, torch: Any, weight: Weight, l2_bytes: int, *, device: str = "cuda") -> None:
         import w4a16
 
         self.torch = torch
         self.weight = weight
         self.l2_bytes = l2_bytes
+        self.device = device
         n, k, groups = weight.n, weight.k, weight.groups
-        random = torch.Generator("cuda").manual_seed(SEED + n + 3 * k + weight.group)
+        random = torch.Generator(device).manual_seed(SEED + n + 3 * k + weight.group)
         self.random = random
         self.q: Any = torch.randint(
-            0, 16, (k, n), dtype=torch.uint8, device="cuda", generator=random
+            0, 16, (k, n), dtype=torch.uint8, device=device, generator=random
         )
         """uint8 ``[K, N]``, 0..15."""
-        mantissa = torch.randint(16, 32, (groups, n), device="cuda", generator=random)
-        exponent = torch.randint(-12, -10, (groups, n), device="cuda", generator=random)
+        mantissa = torch.randint(16, 32, (groups, n), device=device, generator=random)
+        exponent = torch.randint(-12, -10, (groups, n), device=device, generator=random)
         self.scales: Any = (mantissa * torch.exp2(exponent.float())).half()
         """float16 ``[groups, N]``, 5 significant bits, 2**-8 to 2**-6."""
         self.zero_points: Any = None
         """uint8 ``[groups, N]``, 0..15; None: all 8."""
         if weight.zeros:
             self.zero_points = torch.randint(
-                0, 16, (groups, n), dtype=torch.uint8, device="cuda", generator=random
+                0, 16, (groups, n), dtype=torch.uint8, device=device, generator=random
             )
         packed = w4a16.pack(
             q=self.q,
@@ -95,7 +96,7 @@ class Weights:
             size += -(-part.numel() // _ALIGNMENT) * _ALIGNMENT
         self.size = size
         self.copies = copies_of(size, rotation_bytes(self.l2_bytes))
-        self._blocks: Any = torch.zeros((self.copies, size), dtype=torch.uint8, device="cuda")
+        self._blocks: Any = torch.zeros((self.copies, size), dtype=torch.uint8, device=self.device)
         for offset, part in zip(self._offsets, flat, strict=True):
             self._blocks[:, offset : offset + part.numel()] = part
 
@@ -124,7 +125,7 @@ class Weights:
         """float16 ``[N, K]``, exactly what everybody multiplies with."""
         torch, weight = self.torch, self.weight
         size = weight.k // weight.groups
-        out = torch.empty((weight.n, weight.k), dtype=torch.float16, device="cuda")
+        out = torch.empty((weight.n, weight.k), dtype=torch.float16, device=self.device)
         for group in range(weight.groups):
             rows = slice(group * size, (group + 1) * size)
             zero = 8 if self.zero_points is None else self.zero_points[group].half()
@@ -144,13 +145,13 @@ class Weights:
         """So many sorted indices, first and last among them."""
         torch = self.torch
         if size <= count:
-            return torch.arange(size, device="cuda")
+            return torch.arange(size, device=self.device)
         edge = count // 4
-        middle = torch.randperm(size - 2 * edge, device="cuda", generator=self.random)
+        middle = torch.randperm(size - 2 * edge, device=self.device, generator=self.random)
         chosen = [
-            torch.arange(edge, device="cuda"),
+            torch.arange(edge, device=self.device),
             middle[: count - 2 * edge] + edge,
-            torch.arange(size - edge, size, device="cuda"),
+            torch.arange(size - edge, size, device=self.device),
         ]
         return torch.cat(chosen).sort().values
 
@@ -167,9 +168,14 @@ class Rows:
         size = m * (weight.k + weight.n) * 2
         self.slots = copies_of(size, rotation_bytes(weights.l2_bytes), self.launches)
         self.x: Any = torch.randn(
-            (self.slots, m, weight.k), dtype=torch.float16, device="cuda", generator=weights.random
+            (self.slots, m, weight.k),
+            dtype=torch.float16,
+            device=weights.device,
+            generator=weights.random,
         )
-        self.out: Any = torch.empty((self.slots, m, weight.n), dtype=torch.float16, device="cuda")
+        self.out: Any = torch.empty(
+            (self.slots, m, weight.n), dtype=torch.float16, device=weights.device
+        )
         self._rows = weights._sampled(m, CHECKED_ROWS)
         self._expected: dict[int, Any] = {}
 
