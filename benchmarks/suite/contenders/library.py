@@ -16,7 +16,7 @@ from benchmarks.suite.weights import Rows, Weights
 #: Kinds of tactics that were extracted from TensorRT-LLM.
 UPSTREAM = ("gemm", "gemv")
 #: A decode tactic reads the weight once for each block of its tokens: more blocks than this lose.
-MOST_BLOCKS = 2
+MOST_BLOCKS = 4
 
 
 class Library:
@@ -64,7 +64,7 @@ class Library:
         return self._library.tactics[choice.tactic].name, choice.source
 
     def candidates(self, case: Case) -> list[Any]:
-        """Tactics that have a kernel for it and may win."""
+        """Tactics that have a kernel for it, may be taken and may win."""
         problem = self.problem(case)
         able = [
             tactic
@@ -73,6 +73,9 @@ class Library:
         ]
         if self.everything:
             return able
+        from w4a16.tactics import accurate
+
+        able = [tactic for tactic in able if accurate(tactic, problem)]
         return [tactic for tactic in able if not hopeless(tactic, case.m)] or able
 
     def runs(self, weights: Weights, rows: Rows) -> list[Run]:
