@@ -82,10 +82,9 @@ def _times(new: Any, result: Result, group: int, zeros: bool) -> Any:
             us = [tables.microseconds(case, "burst", pick) for case in cases]
             if not all(map(math.isnan, us)):
                 axes.plot(rows, us, style, label=name, markersize=4, linewidth=1)
-        axes.set_xscale("log", base=2)
+        _rows_axis(axes, rows)
         axes.set_yscale("log")
         axes.set_title(f"{weight.n} x {weight.k}, {weight.quantisation}", fontsize=9)
-        axes.set_xlabel("M")
         axes.set_ylabel("us")
         axes.grid(True, which="both", alpha=0.2)
     for axes in flat[len(weights) :]:
@@ -107,7 +106,7 @@ def _fractions(new: Any, result: Result, rows: dict[int, list[CaseResult]]) -> A
     axes.axhline(1.0, color="k", linestyle=":", linewidth=1)
     axes.set_ylabel("fraction of the floor, geometric mean over shapes")
     axes.set_ylim(0, 1.1)
-    return _finished(figure, axes, result)
+    return _finished(figure, axes, result, list(rows))
 
 
 def _ratios(new: Any, result: Result, rows: dict[int, list[CaseResult]]) -> Any:
@@ -129,13 +128,20 @@ def _ratios(new: Any, result: Result, rows: dict[int, list[CaseResult]]) -> Any:
             )
     axes.axhline(1.0, color="k", linestyle=":", linewidth=1)
     axes.set_ylabel("times faster than the best peer (band: all shapes)")
-    return _finished(figure, axes, result)
+    return _finished(figure, axes, result, list(rows))
 
 
-def _finished(figure: Any, axes: Any, result: Result) -> Any:
-    axes.set_title(f"{_device(result)} (sustained where measured, otherwise burst)", fontsize=10)
+def _rows_axis(axes: Any, rows: Sequence[int]) -> None:
+    """M, by powers of two, with those M that were measured."""
     axes.set_xscale("log", base=2)
+    axes.set_xticks(list(rows), labels=[str(m) for m in rows], fontsize=7)
+    axes.minorticks_off()
     axes.set_xlabel("M")
+
+
+def _finished(figure: Any, axes: Any, result: Result, rows: Sequence[int]) -> Any:
+    axes.set_title(f"{_device(result)} (sustained where measured, otherwise burst)", fontsize=10)
+    _rows_axis(axes, rows)
     axes.grid(True, which="both", alpha=0.2)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
