@@ -56,7 +56,7 @@ def build(session: nox.Session) -> None:
 @nox.session
 def test(session: nox.Session) -> None:
     """Run this project's tests, then test the library in DIR (on a GPU: error and time too)."""
-    session.install("-e", ".[test,wheel]")
+    session.install("-e", ".[test,wheel,bench]")
     session.run("pytest", "tests/unit", "tests/integration")
     _pipeline(session, "test")
 
@@ -75,6 +75,14 @@ def test_package(session: nox.Session) -> None:
     if not any(Path("artifacts").glob("*/*/dist/install/lib*/libw4a16.so")):
         _miniature(session, "extract", "build")  # they need some library
     session.run("pytest", "tests/runtime")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time every tactic, the floor and the peers on this GPU (-- --short; -- --help)."""
+    extras = "bench,package" if "--no-peers" in session.posargs else "bench,package,peers"
+    session.install("-e", f".[{extras}]")
+    session.run("python", "-m", "benchmarks.suite", *session.posargs)
 
 
 @nox.session
