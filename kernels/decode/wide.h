@@ -169,6 +169,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             wgmma_wait<buffers - 1>();
             hold(a);
             if (span == buffers - 1) { // all products of the stage before are done
+                __syncwarp();
                 barrier_arrive_by_warp(ring.empty(last_stage), block > set);
             }
 #pragma unroll

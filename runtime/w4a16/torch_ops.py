@@ -351,7 +351,7 @@ def _linear_cuda(
     a = x.data_ptr()
     if launch is None or a & 15 or not x.is_contiguous():
         _launch_any(x, weight, prepared, out, tactic, overlaps)
-        if not overlaps:
+        if prepared.m and not overlaps:
             weight.ran_plainly(version)
         return out if weight.n == weight.out_features else out[..., : weight.out_features]
     if bytes_needed:  # memory freed here is reused in stream order

@@ -313,8 +313,8 @@ def test_how_fast_packing_is(library: Library, capsys: pytest.CaptureFixture[str
 
 def rates_of(library: Library, k: int, n: int) -> Iterator[tuple[str, float]]:
     size = k * n // 2
-    q = torch.randint(0, 256, (size,), dtype=torch.uint8, device=reference.DEVICE)
-    out = torch.empty_like(q)
+    q = torch.randint(0, 16, (k * n,), dtype=torch.uint8, device=reference.DEVICE)
+    out = torch.empty_like(q[:size])
     order = torch.randperm(k, device=reference.DEVICE).int()
     shape = np.broadcast_to(np.uint8(0), (k, n))
     for source in Source:

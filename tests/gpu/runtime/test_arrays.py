@@ -20,7 +20,10 @@ VALUES = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 @pytest.fixture
 def cupy() -> Any:
-    return pytest.importorskip("cupy", exc_type=ImportError)
+    """CuPy on the first device: others, JAX for one, may have left another current."""
+    found = pytest.importorskip("cupy", exc_type=ImportError)
+    found.cuda.Device(0).use()
+    return found
 
 
 @pytest.fixture
