@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(split_threads) split_columns_kernel(const Spli
         const uint4 *const from = reinterpret_cast<const uint4 *>(p.x) + static_cast<std::int64_t>(row) * ends[2];
         for (int vector = static_cast<int>(blockIdx.y * split_threads + threadIdx.x); vector < ends[2];
              vector += static_cast<int>(gridDim.y) * split_threads) {
-            const uint4 value = __ldg(from + vector);
+            const uint4 value = from[vector];
             int begin = 0;
 #pragma unroll
             for (int i = 0; i < 3; ++i) {
