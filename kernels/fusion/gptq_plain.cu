@@ -25,8 +25,11 @@ constexpr int tile_columns = lanes * thread_columns;
 constexpr int slots = threads / lanes;
 constexpr int word_rows = 8; // of K in a word of 32 bits
 
-// Activations that a thread block stages at a time.
+// Activations that a thread block stages at a time: of all its rows, and in any order, where groups and a table need
+// room as well, of each.
 constexpr int staged_halves = 32768;
+constexpr int any_order_halves = 16384;
+constexpr int any_order_row_halves = 4096;
 
 struct Arguments {
     GptqProduct product;
@@ -438,7 +441,9 @@ Arguments arguments_of(const GptqProduct &p, const Variant &variant) {
     arguments.product = p;
     arguments.groups = p.groups();
     arguments.batches = p.k / (variant.words * word_rows);
-    arguments.chunk_batches = std::min(staged_halves / variant.rows / (variant.words * word_rows), arguments.batches);
+    const int most = p.g_idx == nullptr ? staged_halves / variant.rows
+                                        : std::min(any_order_halves / variant.rows, any_order_row_halves);
+    arguments.chunk_batches = std::min(most / (variant.words * word_rows), arguments.batches);
     arguments.batches_a_group = p.group_size / (variant.words * word_rows);
     return arguments;
 }
