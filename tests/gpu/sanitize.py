@@ -298,8 +298,8 @@ def _norms(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper
             here = helper.upload(x[: 2 * ((m - 1) * stride + hidden)])
             last = helper.upload(bias)
             helper.start = partial(
-                *(library.normalize_rows, 0, here, m, stride, hidden, None, last, 1e-5),
-                *(columns, k, helper.out, 0),
+                library.normalize_rows,
+                *(0, here, m, stride, hidden, None, last, 1e-5, columns, k, helper.out, 0),
             )
             yield helper
 
