@@ -51,6 +51,7 @@ _SCHEMAS = {
 _NAMES = {Norm.LAYER: "layernorm", Norm.RMS: "rmsnorm"}
 
 _HALF = torch.float16
+_capturing: Any = torch.cuda.is_current_stream_capturing
 #: Rows and columns of the GEMM's tiles, about.
 _TILE = 128
 
@@ -300,43 +301,46 @@ def _launch(
     if m == 0:
         return
     device = x.get_device()
-    with torch.cuda.device(device):
-        rows, stride = _rows(x)
-        args = NormQkvArgs(
-            norm=int(norm),
-            quant_op=int(weight.quant_op),
-            m=m,
-            hidden=x.shape[-1],
-            k=weight.k,
-            group_size=weight.group_size,
-            x_stride=stride,
-            eps=eps,
-            x=rows.data_ptr(),
-            ln_weight=_address(ln_weight),
-            ln_bias=_address(ln_bias),
-            columns=weight.columns,
-            b=packed.data_ptr(),
-        )
-        joins = len(widths) > 1 and (_joins(device, m, tuple(widths)) if join < 0 else join == 1)
-        columns = [sum(widths)] if joins else widths
-        for i, n in enumerate(columns):
-            args.n[i] = n
-            args.scales[i] = weight.joined[0] if joins else weight.scales[i]
-            if weight.zeros:
-                args.zeros[i] = weight.joined[1] if joins else weight.zeros[i]
-            if weight.bias:
-                args.bias[i] = weight.joined[2] if joins else weight.bias[i]
-            problem = (int(weight.quant_op), m, n, weight.k, weight.group_size, bool(weight.bias))
-            args.tactic[i] = plan(device, *problem).tactic if tactic == AUTO else tactic
-        for i, (n, place) in enumerate(zip(widths, places, strict=True)):
-            args.split[i] = n if joins else 0
-            args.c[i] = place
-        memory = _workspace(LIBRARY.norm_qkv_workspace(args), x)
-        args.workspace, args.workspace_bytes = memory.data_ptr(), memory.numel()
-        overlap = _Overlap(weight)
-        args.flags = overlap.flags
-        LIBRARY.norm_qkv(args, torch.cuda.current_stream(device).cuda_stream)
-        overlap.launched()
+    if torch_ops._current_device() != device:
+        with torch.cuda.device(device):
+            _launch(norm, x, ln_weight, ln_bias, eps, packed, weight, widths, places, tactic, join)
+            return
+    rows, stride = _rows(x)
+    args = NormQkvArgs(
+        norm=int(norm),
+        quant_op=int(weight.quant_op),
+        m=m,
+        hidden=x.shape[-1],
+        k=weight.k,
+        group_size=weight.group_size,
+        x_stride=stride,
+        eps=eps,
+        x=rows.data_ptr(),
+        ln_weight=_address(ln_weight),
+        ln_bias=_address(ln_bias),
+        columns=weight.columns,
+        b=packed.data_ptr(),
+    )
+    joins = len(widths) > 1 and (_joins(device, m, tuple(widths)) if join < 0 else join == 1)
+    for i, n in enumerate([sum(widths)] if joins else widths):
+        args.n[i] = n
+        args.scales[i] = weight.joined[0] if joins else weight.scales[i]
+        if weight.zeros:
+            args.zeros[i] = weight.joined[1] if joins else weight.zeros[i]
+        if weight.bias:
+            args.bias[i] = weight.joined[2] if joins else weight.bias[i]
+        problem = (int(weight.quant_op), m, n, weight.k, weight.group_size, bool(weight.bias))
+        args.tactic[i] = plan(device, *problem).tactic if tactic == AUTO else tactic
+    for i, (n, place) in enumerate(zip(widths, places, strict=True)):
+        args.split[i] = n if joins else 0
+        args.c[i] = place
+    size = LIBRARY.norm_qkv_workspace(args)
+    memory = torch_ops._empty_cuda((size,), (1,), torch.uint8)
+    args.workspace, args.workspace_bytes = memory.data_ptr(), size
+    overlap = _Overlap(weight)
+    args.flags = overlap.flags
+    LIBRARY.norm_qkv(args, torch_ops._raw_stream(device))
+    overlap.launched()
 
 
 @lru_cache(maxsize=4096)
@@ -362,7 +366,7 @@ class _Overlap:
 
     def launched(self) -> None:
         """The launch succeeded; one that is captured does not run now."""
-        if self.flags == 0 and self._version >= 0 and not torch.cuda.is_current_stream_capturing():
+        if self.flags == 0 and self._version >= 0 and not _capturing():
             self._weight.launched = self._version
 
 
@@ -374,10 +378,6 @@ def _rows(x: Tensor) -> tuple[Tensor, int]:
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= hidden:
         return x, x.stride(0)
     return x.contiguous(), hidden
-
-
-def _workspace(size: int, x: Tensor) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device=x.device)
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -507,37 +507,43 @@ def _launch_gptq(
     if m == 0:
         return
     device = x.get_device()
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        rows, stride = _rows(x)
-        normalised = torch.empty((m, k), dtype=_HALF, device=x.device)
-        qweight, scales, qzeros, g_idx, bias = (_address(tensor) for tensor in tensors)
-        args = GptqArgs(
-            # The kernel that normalises starts after everything that wrote the weight.
-            flags=RUN_OVERLAP,
-            m=m,
-            k=k,
-            group_size=group_size,
-            zero_offset=int(stored_minus_1),
-            a=normalised.data_ptr(),
-            qweight=qweight,
-            qzeros=qzeros,
-            scales=scales,
-            g_idx=g_idx,
-            bias=bias,
-        )
-        for i, (n, place) in enumerate(zip(widths, places, strict=True)):
-            args.n[i] = n
-            args.c[i] = place
-        LIBRARY.check_gptq(args)
-        overlap = _Overlap(weight)
-        LIBRARY.normalize_rows(
-            *(norm, rows.data_ptr(), m, stride, k, _address(ln_weight), _address(ln_bias), eps),
-            *(None, k, normalised.data_ptr(), stream),
-            flags=overlap.flags,
-        )
-        LIBRARY.gptq_linear(args, stream)
-        overlap.launched()
+    if torch_ops._current_device() != device:
+        with torch.cuda.device(device):
+            _launch_gptq(
+                *(norm, x, ln_weight, ln_bias, eps, tensors, weight, group_size, stored_minus_1),
+                *(widths, places),
+            )
+            return
+    stream = torch_ops._raw_stream(device)
+    rows, stride = _rows(x)
+    normalised = torch_ops._empty_cuda((m, k), (k, 1), _HALF)
+    qweight, scales, qzeros, g_idx, bias = (_address(tensor) for tensor in tensors)
+    args = GptqArgs(
+        # The kernel that normalises starts after everything that wrote the weight.
+        flags=RUN_OVERLAP,
+        m=m,
+        k=k,
+        group_size=group_size,
+        zero_offset=int(stored_minus_1),
+        a=normalised.data_ptr(),
+        qweight=qweight,
+        qzeros=qzeros,
+        scales=scales,
+        g_idx=g_idx,
+        bias=bias,
+    )
+    for i, (n, place) in enumerate(zip(widths, places, strict=True)):
+        args.n[i] = n
+        args.c[i] = place
+    LIBRARY.check_gptq(args)
+    overlap = _Overlap(weight)
+    LIBRARY.normalize_rows(
+        *(norm, rows.data_ptr(), m, stride, k, _address(ln_weight), _address(ln_bias), eps),
+        *(None, k, normalised.data_ptr(), stream),
+        flags=overlap.flags,
+    )
+    LIBRARY.gptq_linear(args, stream)
+    overlap.launched()
 
 
 # ---- CPU: the definition ----

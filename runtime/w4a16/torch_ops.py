@@ -568,9 +568,8 @@ class _NotDifferentiable(torch.autograd.Function):
 
 def _not_differentiable(grad: Tensor, shape: Sequence[int]) -> Tensor:
     raise W4A16Error(
-        "torch.ops.w4a16.linear is not differentiable: its kernels only run forward. Run inference"
-        " under torch.no_grad(), detach the layer's input, or train with"
-        " x @ w4a16.dequantize(packed)"
+        "torch.ops.w4a16 is not differentiable: its kernels only run forward. Run inference under"
+        " torch.no_grad(), detach the layer's input, or train with x @ w4a16.dequantize(packed)"
     )
 
 
