@@ -51,7 +51,8 @@ class Fused:
         self.widths = widths
         self.k = k
         given = {name: torch.from_numpy(a).cuda() for name, a in self.case.tensors().items()}
-        size, version = self.case.group_size, "v1" if self.case.format == "gptq" else "v2"
+        size = self.case.group_size
+        version: Any = "v1" if self.case.format == "gptq" else "v2"
         self.packed = fused.fuse_qkv(given, format=self.case.format, group_size=size, widths=widths)
         self.plain = GPTQTensors.of(given, group_size=size, zero_points=version, widths=widths)
         self.w = torch.from_numpy(weight(self.case)).cuda()
@@ -251,5 +252,5 @@ def test_opcheck_finds_nothing(made: Fused) -> None:
 def test_arrays_on_several_devices_are_refused(made: Fused) -> None:
     with pytest.raises(w4a16.ArgumentError, match="one device"):
         fused.layernorm_qkv(made.x(2).cpu(), made.packed, *made.ln)
-    with pytest.raises(w4a16.ArgumentError, match="ln_weight is .* on cpu"):
+    with pytest.raises(w4a16.ArgumentError, match=r"ln_weight is .* on cpu"):
         fused.layernorm_qkv(made.x(2), made.packed, made.ln[0].cpu())
