@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,22 @@ _HEAD = """\
 # API reference
 
 Made from the docstrings by `python docs/reference.py`; `help(w4a16.pack)` shows the same. All names
-are imported from `w4a16`.
+are imported from `w4a16`, those of the fused projections from `w4a16.fused`.
 """
 
 
 def page() -> str:
     """The text of ``api.md``."""
-    named = {name for names in _SECTIONS.values() for name in names}
+    named = {name for names in _SECTIONS.values() for name in names} | {"fused"}
     errors = sorted(set(w4a16.__all__) - named)
     parts = [_HEAD]
     for title, names in {**_SECTIONS, "Errors and warnings": tuple(errors)}.items():
         parts.append(f"## {title}\n")
         parts += [_entry(name, getattr(w4a16, name)) for name in names]
+    parts += ["## w4a16.fused\n", _doc(w4a16.fused), ""]
+    parts += [_entry(name, getattr(w4a16.fused, name)) for name in w4a16.fused.__all__]
     parts += ["## torch.ops.w4a16\n", _doc(inspect.getmodule(w4a16.register_torch_ops)), ""]
+    parts += [_doc(import_module("w4a16.fused_ops")), ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -25,6 +25,7 @@ from w4a16.errors import (
 from w4a16.program import is_program
 
 try:
+    from w4a16 import fused
     from w4a16.arrays import DeviceArray
     from w4a16.convert import convert
     from w4a16.formats.config import LayerConfig, QuantizationConfig
@@ -62,6 +63,7 @@ __all__ = [
     "cmake_dir",
     "convert",
     "dequantize",
+    "fused",
     "include_dir",
     "library_path",
     "linear",

@@ -19,6 +19,8 @@ from w4a16.errors import from_status
 
 API_VERSION = 3
 AUTO = -1
+#: ``W4A16_RUN_OVERLAP``: a launch may begin before the kernel before it has ended.
+RUN_OVERLAP = 1
 
 _ENVIRONMENT = "W4A16_LIBRARY"
 _PACKAGED = Path(__file__).resolve().parent / "lib" / "libw4a16.so"
@@ -30,6 +32,13 @@ class QuantOp(IntEnum):
     PER_COLUMN = 0
     GROUP_SCALE = 1
     GROUP_SCALE_ZERO = 2
+
+
+class Norm(IntEnum):
+    """How activations are normalised (``w4a16_norm``)."""
+
+    LAYER = 0
+    RMS = 1
 
 
 class Source(IntEnum):
@@ -142,6 +151,62 @@ class _PackArgs(_Versioned):
     )
 
 
+_SEGMENTS = 3
+
+
+class NormQkvArgs(_Versioned):
+    """``w4a16_norm_qkv_args``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("norm", ctypes.c_int32),
+        ("quant_op", ctypes.c_int32),
+        ("m", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64 * _SEGMENTS),
+        ("split", ctypes.c_int64 * _SEGMENTS),
+        ("x_stride", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("tactic", ctypes.c_int32 * _SEGMENTS),
+        ("x", ctypes.c_void_p),
+        ("ln_weight", ctypes.c_void_p),
+        ("ln_bias", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p * _SEGMENTS),
+        ("zeros", ctypes.c_void_p * _SEGMENTS),
+        ("bias", ctypes.c_void_p * _SEGMENTS),
+        ("c", ctypes.c_void_p * _SEGMENTS),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+    )
+
+
+class GptqArgs(_Versioned):
+    """``w4a16_gptq_args``."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("m", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64 * _SEGMENTS),
+        ("zero_offset", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("a", ctypes.c_void_p),
+        ("qweight", ctypes.c_void_p),
+        ("qzeros", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("g_idx", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("c", ctypes.c_void_p * _SEGMENTS),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What the library is (``w4a16_build``)."""
@@ -229,6 +294,18 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "gather_columns": (
         _STATUS,
         (_POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _POINTER),
+    ),
+    "norm_qkv": (_STATUS, (_POINTER, _POINTER)),
+    "norm_qkv_supports": (_STATUS, (_POINTER,)),
+    "norm_qkv_workspace": (_STATUS, (_POINTER, _POINTER)),
+    "gptq_linear": (_STATUS, (_POINTER, _POINTER)),
+    "gptq_supports": (_STATUS, (_POINTER,)),
+    "normalize_rows": (
+        _STATUS,
+        (
+            *(_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, ctypes.c_float),
+            *(_POINTER, _SIZE, _POINTER, ctypes.c_uint32, _POINTER),
+        ),
     ),
 }
 
@@ -526,6 +603,52 @@ class Library:
         status = self._gather(x, m, x_stride, k_in, columns, k_out, out, stream)
         if status != 0:
             raise from_status(status, self._last_error())
+
+    def norm_qkv(self, args: NormQkvArgs, stream: int) -> None:
+        """``w4a16_norm_qkv``: normalises rows, and multiplies them with up to three weights."""
+        self._call("norm_qkv", ctypes.byref(args), stream)
+
+    def norm_qkv_workspace(self, args: NormQkvArgs) -> int:
+        """Bytes that :meth:`norm_qkv` needs on the current device."""
+        size = ctypes.c_size_t(0)
+        self._call("norm_qkv_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    def check_norm_qkv(self, args: NormQkvArgs) -> None:
+        """Raises :class:`w4a16.W4A16Error` unless there are kernels. Needs no GPU."""
+        self._call("norm_qkv_supports", ctypes.byref(args))
+
+    def gptq_linear(self, args: GptqArgs, stream: int) -> None:
+        """``w4a16_gptq_linear``: multiplies with GPTQ's own layout."""
+        self._call("gptq_linear", ctypes.byref(args), stream)
+
+    def check_gptq(self, args: GptqArgs) -> None:
+        """Raises :class:`w4a16.W4A16Error` unless the kernel takes the sizes. Needs no GPU."""
+        self._call("gptq_supports", ctypes.byref(args))
+
+    def normalize_rows(
+        self,
+        norm: Norm,
+        x: int,
+        m: int,
+        x_stride: int,
+        hidden: int,
+        ln_weight: int | None,
+        ln_bias: int | None,
+        eps: float,
+        columns: int | None,
+        k: int,
+        out: int,
+        stream: int,
+        *,
+        flags: int = 0,
+    ) -> None:
+        """``w4a16_normalize_rows``: rows of x normalised, their columns picked."""
+        self._call(
+            "normalize_rows",
+            *(int(norm), x, m, x_stride, hidden, ln_weight, ln_bias, eps),
+            *(columns, k, out, flags, stream),
+        )
 
 
 def find_library() -> Path:

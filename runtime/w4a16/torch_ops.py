@@ -7,6 +7,8 @@
 ``not_differentiable`` raises: what a backward pass through ``linear`` runs into
 ====================== =========================================================================
 
+:mod:`w4a16.fused_ops` adds ``layernorm_qkv`` and its like.
+
 On CUDA they launch the library's kernels on the current stream; the only memory they take is the
 output and the tactic's workspace, from torch's allocator. On a CPU they are a slow reference:
 dequantise, multiply in float32, round once. ``tactic`` is an index of :func:`w4a16.tactic_names`;
@@ -24,6 +26,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +101,11 @@ def register_torch_ops() -> None:
             _library = _register()
 
 
+def is_registered() -> bool:
+    """Without the lock, which ``torch.compile`` cannot trace."""
+    return _library is not None
+
+
 def _register() -> Any:
     """The registrations live as long as what is returned."""
     library: Any = torch.library.Library("w4a16", "DEF")
@@ -126,6 +134,8 @@ def _register() -> Any:
         for key, kernel in by_key.items():
             library.impl(name, kernel, key)
         torch.library.register_fake(f"w4a16::{name}", fakes[name], lib=library)
+    fused_ops = import_module("w4a16.fused_ops")  # it imports this module
+    fused_ops.register(library, tags)
     return library
 
 
@@ -643,9 +653,8 @@ class _NotDifferentiable(torch.autograd.Function):
 
 def _not_differentiable(grad: Tensor, shape: Sequence[int]) -> Tensor:
     raise W4A16Error(
-        "torch.ops.w4a16.linear is not differentiable: its kernels only run forward. Run inference"
-        " under torch.no_grad(), detach the layer's input, or train with"
-        " x @ w4a16.dequantize(packed)"
+        "torch.ops.w4a16 is not differentiable: its kernels only run forward. Run inference under"
+        " torch.no_grad(), detach the layer's input, or train with x @ w4a16.dequantize(packed)"
     )
 
 

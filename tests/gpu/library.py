@@ -175,6 +175,59 @@ class PackArgs(Versioned):
     )
 
 
+RUN_OVERLAP = 1
+SEGMENTS = 3
+
+
+class NormQkvArgs(Versioned):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("norm", ctypes.c_int32),
+        ("quant_op", ctypes.c_int32),
+        ("m", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64 * SEGMENTS),
+        ("split", ctypes.c_int64 * SEGMENTS),
+        ("x_stride", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("tactic", ctypes.c_int32 * SEGMENTS),
+        ("x", ctypes.c_void_p),
+        ("ln_weight", ctypes.c_void_p),
+        ("ln_bias", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p * SEGMENTS),
+        ("zeros", ctypes.c_void_p * SEGMENTS),
+        ("bias", ctypes.c_void_p * SEGMENTS),
+        ("c", ctypes.c_void_p * SEGMENTS),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_size_t),
+    )
+
+
+class GptqArgs(Versioned):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("m", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("n", ctypes.c_int64 * SEGMENTS),
+        ("zero_offset", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("a", ctypes.c_void_p),
+        ("qweight", ctypes.c_void_p),
+        ("qzeros", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("g_idx", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("c", ctypes.c_void_p * SEGMENTS),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tactic:
     """``w4a16_tactic_info`` as plain values."""
@@ -267,6 +320,19 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
             ctypes.c_int64,
             ctypes.c_void_p,
             ctypes.c_void_p,
+        ),
+    ),
+    "norm_qkv": (_STATUS, (ctypes.c_void_p, ctypes.c_void_p)),
+    "norm_qkv_supports": (_STATUS, (ctypes.c_void_p,)),
+    "norm_qkv_workspace": (_STATUS, (ctypes.c_void_p, ctypes.c_void_p)),
+    "gptq_linear": (_STATUS, (ctypes.c_void_p, ctypes.c_void_p)),
+    "gptq_supports": (_STATUS, (ctypes.c_void_p,)),
+    "normalize_rows": (
+        _STATUS,
+        (
+            *(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64),
+            *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p),
         ),
     ),
 }
@@ -398,6 +464,39 @@ class Library:
         stream: int = 0,
     ) -> None:
         self.call("gather_columns", x, m, x_stride, k_in, columns, k_out, out, stream)
+
+    def normalize_rows(
+        self,
+        norm: int,
+        x: int,
+        m: int,
+        x_stride: int,
+        hidden: int,
+        ln_weight: int | None,
+        ln_bias: int | None,
+        eps: float,
+        columns: int | None,
+        k: int,
+        out: int,
+        flags: int = 0,
+        stream: int = 0,
+    ) -> None:
+        self.call(
+            "normalize_rows",
+            *(norm, x, m, x_stride, hidden, ln_weight, ln_bias, eps),
+            *(columns, k, out, flags, stream),
+        )
+
+    def norm_qkv(self, args: NormQkvArgs, stream: int = 0) -> None:
+        self.call("norm_qkv", ctypes.byref(args), stream)
+
+    def norm_qkv_workspace(self, args: NormQkvArgs) -> int:
+        size = ctypes.c_size_t(0)
+        self.call("norm_qkv_workspace", ctypes.byref(args), ctypes.byref(size))
+        return size.value
+
+    def gptq_linear(self, args: GptqArgs, stream: int = 0) -> None:
+        self.call("gptq_linear", ctypes.byref(args), stream)
 
 
 def pack_args(

@@ -31,11 +31,14 @@ if not __package__:
 
 from tests.gpu.cuda import Cuda, CudaError
 from tests.gpu.library import (
+    AUTO,
     OVERLAP,
     ApiError,
     Args,
+    GptqArgs,
     Library,
     LibraryNotFoundError,
+    NormQkvArgs,
     Problem,
     QuantOp,
     Source,
@@ -218,6 +221,9 @@ def helpers(library: Library, cuda: Cuda, seed: int) -> Iterator[Helper]:
     draw = random.Random(seed)
     yield from _packings(library, cuda, draw)
     yield from _gathers(library, cuda, draw)
+    yield from _norms(library, cuda, draw)
+    yield from _projections(library, cuda, draw)
+    yield from _checkpoints(library, cuda, draw)
 
 
 def _packings(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
@@ -281,6 +287,125 @@ def _gathers(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Help
                     library.gather_columns, here, m, stride, k_in, columns, k_out, helper.out
                 )
                 yield helper
+
+
+def _norms(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
+    """Constant rows, of which only the bias is left."""
+    for m, hidden, stride, k in (
+        (1, 1001, 1001, 1088),
+        (3, 1088, 1096, 1088),
+        (300, 5120, 5120, 5120),
+    ):
+        bias = halves([float(draw.randrange(-99, 99)) for _ in range(hidden)])
+        x = b"".join(halves([float(row % 100)] * stride) for row in range(m))
+        for picked in (False, True):
+            at = list(range(k))
+            if picked:
+                draw.shuffle(at)
+            row = b"".join(bias[2 * j : 2 * j + 2] if j < hidden else b"\0\0" for j in at)
+            name = f"norm [{m}, {hidden}] stride {stride}{' columns' if picked else ''}"
+            helper = Helper(cuda, name, row * m)
+            columns = helper.upload(struct.pack(f"<{k}i", *at)) if picked else None
+            here = helper.upload(x[: 2 * ((m - 1) * stride + hidden)])
+            last = helper.upload(bias)
+            helper.start = partial(
+                library.normalize_rows,
+                *(0, here, m, stride, hidden, None, last, 1e-5, columns, k, helper.out, 0),
+            )
+            yield helper
+
+
+def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
+    """Of constant rows a one is left, at one place: the product is a row of the weight."""
+    widths = (136, 88, 72)
+    one = 700
+    plain = draw.randbytes(K * N // 2)
+    row = [plain[one * N // 2 + j // 2] >> 4 * (j % 2) & 15 for j in range(N)]
+    out = ctypes.create_string_buffer(K * N // 2)
+    source = ctypes.create_string_buffer(plain, len(plain))
+    library.pack(None, ctypes.addressof(source), K, N, ctypes.addressof(out))
+    values = [(q - 8) / 64 for q in row]
+    for m in (1, 5, 70):
+        for joined in (False, True):
+            wanted, first = b"", 0
+            for width in widths:
+                wanted += halves(values[first : first + width]) * m
+                first += width
+            helper = Helper(cuda, f"norm and {'one' if joined else 3} projections M={m}", wanted)
+            parts = (N,) if joined else widths
+            args = NormQkvArgs(
+                quant_op=int(QuantOp.GROUP_SCALE),
+                m=m,
+                hidden=K,
+                k=K,
+                group_size=GROUP,
+                x_stride=K,
+                eps=1e-5,
+                x=helper.upload(halves([3.0] * (m * K))),
+                ln_bias=helper.upload(halves([float(i == one) for i in range(K)])),
+                b=helper.upload(out.raw),
+            )
+            begin = 0
+            for i, width in enumerate(widths):
+                args.split[i] = width if joined else 0
+                args.c[i] = helper.out + 2 * m * begin
+                begin += width
+            for i, n in enumerate(parts):
+                args.n[i] = n
+                args.tactic[i] = AUTO
+                args.scales[i] = helper.upload(halves([1 / 64] * (K // GROUP * n)))
+            size = library.norm_qkv_workspace(args)
+            args.workspace, args.workspace_bytes = helper.upload(bytes(size)), size
+            helper.start = partial(library.norm_qkv, args)
+            yield helper
+
+
+def _checkpoints(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
+    """Small integers, whose products are exact."""
+    k, n, group = 320, 40, 64
+    for m in (1, 2, 3, 9):
+        for ordered in (True, False):
+            q = [[draw.randrange(16) for _ in range(n)] for _ in range(k)]
+            zeros = [[draw.randrange(16) for _ in range(n)] for _ in range(k // group)]
+            groups = [row // group for row in range(k)]
+            if not ordered:
+                draw.shuffle(groups)
+            a = [[draw.randrange(-2, 3) for _ in range(k)] for _ in range(m)]
+            sums = [
+                [
+                    sum(a[i][r] * (q[r][j] - zeros[groups[r]][j]) for r in range(k)) / 64
+                    for j in range(n)
+                ]
+                for i in range(m)
+            ]
+            first = halves([value for line in sums for value in line[:24]])
+            last = halves([value for line in sums for value in line[24:]])
+            name = f"gptq M={m}{'' if ordered else ' act-order'}"
+            helper = Helper(cuda, name, first + last)
+            qweight = [
+                sum(q[8 * r + i][j] << 4 * i for i in range(8))
+                for r in range(k // 8)
+                for j in range(n)
+            ]
+            qzeros = [
+                sum(line[8 * c + i] << 4 * i for i in range(8))
+                for line in zeros
+                for c in range(n // 8)
+            ]
+            args = GptqArgs(
+                m=m,
+                k=k,
+                group_size=group,
+                a=helper.upload(halves([float(value) for line in a for value in line])),
+                qweight=helper.upload(struct.pack(f"<{len(qweight)}I", *qweight)),
+                qzeros=helper.upload(struct.pack(f"<{len(qzeros)}I", *qzeros)),
+                scales=helper.upload(halves([1 / 64] * (k // group * n))),
+                g_idx=None if ordered else helper.upload(struct.pack(f"<{k}i", *groups)),
+            )
+            args.n[0], args.n[1] = 24, 16
+            args.c[0], args.c[1] = helper.out, helper.out + len(first)
+            helper.start = partial(library.gptq_linear, args)
+            yield helper
 
 
 def error_of(launch: Launch, result: bytes) -> float | None:

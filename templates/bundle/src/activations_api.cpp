@@ -3,23 +3,8 @@
 // The part of the C API that rearranges activations.
 
 #include "activations/gather_columns.h"
+#include "extents.h"
 #include "launch.h"
-
-#include <climits>
-
-namespace w4a16 {
-namespace {
-
-w4a16_status check_extent(const char *name, std::int64_t extent, std::int64_t least) {
-    if (extent < least || extent > INT_MAX) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "%s is %lld, expected %lld to %d", name,
-            static_cast<long long>(extent), static_cast<long long>(least), INT_MAX);
-    }
-    return W4A16_OK;
-}
-
-} // namespace
-} // namespace w4a16
 
 w4a16_status w4a16_gather_columns(const void *x, int64_t m, int64_t x_stride, int64_t k_in, const int32_t *columns,
     int64_t k_out, void *out, void *stream) {

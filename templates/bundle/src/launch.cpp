@@ -57,9 +57,8 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
-    if ((args->flags & ~static_cast<std::uint32_t>(W4A16_RUN_OVERLAP)) != 0) {
-        return fail(W4A16_ERROR_INVALID_ARGUMENT, "args->flags is %u, expected 0 or W4A16_RUN_OVERLAP (%u)",
-            static_cast<unsigned>(args->flags), static_cast<unsigned>(W4A16_RUN_OVERLAP));
+    if (const w4a16_status status = check_flags(args->flags); status != W4A16_OK) {
+        return status;
     }
     Problem problem{};
     if (const w4a16_status status = check_problem(args->problem, problem); status != W4A16_OK) {

@@ -22,6 +22,14 @@ inline w4a16_status check_pointer(const void *pointer, const char *name, std::ui
     return W4A16_OK;
 }
 
+inline w4a16_status check_flags(std::uint32_t flags) {
+    if ((flags & ~W4A16_RUN_OVERLAP) != 0) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT, "flags is %u, expected 0 or W4A16_RUN_OVERLAP",
+            static_cast<unsigned>(flags));
+    }
+    return W4A16_OK;
+}
+
 // Runs `work`, which launches on the current device, and reports what CUDA says of it.
 template <typename Work>
 w4a16_status launched(Work work) {
