@@ -1,6 +1,6 @@
 """Measures the table of tactics that ships for a GPU, on that GPU.
 
-python -m benchmarks.shipped_table --out DIR [--limit SECONDS] [--shapes N]
+python -m benchmarks.shipped_table --out DIR [--limit SECONDS] [--shapes N] [--keep-above M]
 
 needs a GPU and W4A16_LIBRARY (or an installed package), neither torch nor a network. Writes
 
@@ -9,6 +9,8 @@ needs a GPU and W4A16_LIBRARY (or an installed package), neither torch nor a net
   ``verify`` some cases timed a second time, and numbers of rows between the buckets.
 
 Cases come in the order of their importance; at the limit it stops with what it has.
+``--keep-above M`` measures up to M rows of activations only, and takes larger numbers of rows from
+the table that ships already: for new tactics that are for few rows.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds in all")
     parser.add_argument("--shapes", type=int, default=None, help="only the first so many (N, K)")
+    parser.add_argument("--keep-above", type=int, default=None, metavar="M")
     given = parser.parse_args(arguments)
     begin = time.monotonic()
     deadline = begin + given.limit
@@ -71,11 +74,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     place = given.out / f"tactics-{tables.slug(gpu.name)}.json"
     with Timer(device) as timer:
-        rows = _measure(timer, work(given.shapes), deadline - _FOR_VERIFICATION * given.limit)
+        most = given.keep_above or BUCKETS[-1]
+        cases = [(case, [m for m in buckets if m <= most]) for case, buckets in work(given.shapes)]
+        rows = _measure(timer, cases, deadline - _FOR_VERIFICATION * given.limit)
         raw["rows"] = [row_as_json(row) for row in rows]
         made["after"] = state()
         _write(place.with_suffix(".raw.json"), json.dumps(raw) + "\n")
-        full = entries_of(rows)
+        full: Entries = entries_of(rows)
+        if given.keep_above is not None:
+            known, reason = tables.shipped(gpu.name, key.sm, gpu.sm_count)
+            if known is None:
+                parser.error(f"--keep-above: there is no table to keep rows of: {reason}")
+            full = with_kept(full, known.entries, given.keep_above)
+            made["kept"] = f"M > {given.keep_above}, from an earlier run"
         table = tables.Table(key=key, entries=without_agreeing(full, gpu.sm_count), made=made)
         _write(place, tables.dumps(table))
         shapes = VERIFIED[: given.shapes]
@@ -137,6 +148,15 @@ def _measure(
     for line in (*skipped, *(f"{name} is wrong: {why}" for name, why in broken.items())):
         print(line, flush=True)
     return rows
+
+
+def with_kept(new: Entries, old: Entries, above: int) -> dict[Case, Mapping[int, tables.Times]]:
+    """New entries up to ``above`` rows, with old ones beyond; cases that only the old have, too."""
+    made: dict[Case, Mapping[int, tables.Times]] = {}
+    for case in (*new, *(case for case in old if case not in new)):
+        kept = {m: times for m, times in old.get(case, {}).items() if m > above or case not in new}
+        made[case] = {**new.get(case, {}), **kept}
+    return made
 
 
 def without_agreeing(entries: Entries, sm_count: int) -> dict[Case, Mapping[int, tables.Times]]:

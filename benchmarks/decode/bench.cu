@@ -433,7 +433,7 @@ private:
     cudaError_t launch(const Case &c, int i) const {
         const char *buffer = buffers_[i % buffers_.size()];
         return decode::launch(c.config->kernel, {x_, buffer, buffer + scales_at_, c.zeros ? buffer + zeros_at_ : nullptr,
-            c.bias ? bias_ : nullptr, c_, c.m, c.n, c.k, c.group, stream, static_cast<Dependence>(c.dependence),
+            c.bias ? bias_ : nullptr, {c_, c_, c_}, {c.n, c.n, c.n}, c.m, c.n, c.k, c.group, stream, static_cast<Dependence>(c.dependence),
             c.shares});
     }
 

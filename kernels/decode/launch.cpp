@@ -95,7 +95,8 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
         return error;
     }
     Problem problem{static_cast<const __half *>(launch.scales), static_cast<const __half *>(launch.zeros),
-        static_cast<const __half *>(launch.bias), static_cast<__half *>(launch.c), launch.m, launch.n, launch.k,
+        static_cast<const __half *>(launch.bias), {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
+        {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k,
         shift_of(launch.group_size), launch.dependence};
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};

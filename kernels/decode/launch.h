@@ -42,7 +42,8 @@ struct Launch {
     const void *scales;
     const void *zeros;
     const void *bias;
-    void *c;
+    void *c[3]; // with their ends: see Problem
+    int ends[3];
     int m;
     int n;
     int k;

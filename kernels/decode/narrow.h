@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             if (problem.bias != nullptr) {
                 total += __half2float(problem.bias[n]);
             }
-            problem.c[static_cast<std::size_t>(first_token + token) * problem.n + n] = __float2half(total);
+            *problem.place(first_token + token, n) = __float2half(total);
         }
     }
 }

@@ -4,6 +4,8 @@
 
 #include <cuda_fp16.h>
 
+#include <cstddef>
+
 namespace w4a16::decode {
 
 // How a launch relates to the kernel before it and to the one after it (programmatic dependent launch).
@@ -17,12 +19,20 @@ struct Problem {
     const __half *scales; // [K / group, N]
     const __half *zeros;  // likewise, or null
     const __half *bias;   // [N], or null
-    __half *c;            // [M, N]
+    __half *c[3];         // outputs side by side: c[i] is [M, ends[i] - ends[i - 1]]
+    int ends[3];          // multiples of 8 up to N, ascending; one output: N, N, N
     int m;
     int n;
     int k;
     int group_shift; // log2 of the group size; 31 per column, which makes every row of K the first group
     int dependence;
+
+    // Where column n of a token's row goes.
+    __device__ __forceinline__ __half *place(int token, int n) const {
+        const int output = (n >= ends[0] ? 1 : 0) + (n >= ends[1] ? 1 : 0);
+        const int begin = output == 0 ? 0 : ends[output - 1];
+        return c[output] + static_cast<std::size_t>(token) * (ends[output] - begin) + (n - begin);
+    }
 };
 
 } // namespace w4a16::decode

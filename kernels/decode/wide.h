@@ -266,8 +266,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             total.w += __half2float(problem.bias[n + 3]);
         }
         const __half2 out[2] = {__floats2half2_rn(total.x, total.y), __floats2half2_rn(total.z, total.w)};
-        *reinterpret_cast<uint2 *>(problem.c + static_cast<std::size_t>(first_token + token) * problem.n + n) =
-            *reinterpret_cast<const uint2 *>(out);
+        *reinterpret_cast<uint2 *>(problem.place(first_token + token, n)) = *reinterpret_cast<const uint2 *>(out);
     }
     if (shares > 1) {
         sync_cluster(); // nobody leaves while others read its sums

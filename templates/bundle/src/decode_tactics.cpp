@@ -111,7 +111,9 @@ void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
 void launch_decode(const DecodeTactic &tactic, const Launch &launch) {
     const decode::Kernel &kernel = tactic.kernels->of_group(launch.group_size, launch.zeros != nullptr);
     const cudaError_t error = decode::launch(kernel,
-        {launch.a, launch.b, launch.scales, launch.zeros, launch.bias, launch.c, launch.m, launch.n, launch.k,
+        {launch.a, launch.b, launch.scales, launch.zeros, launch.bias,
+            {launch.outputs.c[0], launch.outputs.c[1], launch.outputs.c[2]},
+            {launch.outputs.ends[0], launch.outputs.ends[1], launch.outputs.ends[2]}, launch.m, launch.n, launch.k,
             launch.group_size, launch.stream, dependence_of(tactic, launch), tactic.cluster});
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(tactic.name) + ": " + cudaGetErrorString(error));

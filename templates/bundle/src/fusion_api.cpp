@@ -6,6 +6,7 @@
 #include "fusion/normalize_rows.h"
 #include "fusion/split_columns.h"
 #include "launch.h"
+#include "tactics.h"
 
 #include <algorithm>
 #include <cmath>
@@ -31,6 +32,7 @@ struct Call {
     Segment segments[most_segments];
     int count;
     bool splits;
+    bool splits_at_once; // the product's own kernel does
     std::size_t rows_bytes;    // of the workspace: the normalised rows,
     std::size_t product_bytes; // a product that is yet to be split,
     std::size_t tactic_bytes;  // and what tactics want, one after the other
@@ -136,7 +138,8 @@ w4a16_status prepare(const w4a16_norm_qkv_args *args, Call &call) {
         }
     }
     call.rows_bytes = rounded(args->m * args->k * 2);
-    call.product_bytes = call.splits ? rounded(args->m * columns * 2) : 0;
+    call.splits_at_once = call.splits && splits_columns(call.segments[0].tactic);
+    call.product_bytes = call.splits && !call.splits_at_once ? rounded(args->m * columns * 2) : 0;
     return W4A16_OK;
 }
 
@@ -207,10 +210,22 @@ fusion::Normalization normalization_of(const w4a16_norm_qkv_args &args, void *ou
     return made;
 }
 
+// Of a split.
+Outputs outputs_of(const w4a16_norm_qkv_args &args) {
+    Outputs made{};
+    std::int64_t end = 0;
+    for (int i = 0; i < most_segments; ++i) {
+        end += args.split[i];
+        made.ends[i] = static_cast<int>(end);
+        made.c[i] = args.c[i];
+    }
+    return made;
+}
+
 // From normalised rows to c, or with a split to `product`.  Weights were there before the kernel that normalised started,
 // so every launch may begin early.  Only tactics that do not begin early have a workspace, so one serves all of them.
 w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const void *rows, void *product,
-    void *workspace, void *stream) {
+    void *workspace, CUstream_st *stream) {
     for (int i = 0; i < call.count; ++i) {
         const Segment &segment = call.segments[i];
         w4a16_args run{};
@@ -222,10 +237,13 @@ w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const vo
         run.scales = args.scales[i];
         run.zeros = args.zeros[i];
         run.bias = args.bias[i];
-        run.c = call.splits ? product : args.c[i];
+        run.c = call.splits && !call.splits_at_once ? product : args.c[i];
         run.workspace = call.tactic_bytes > 0 ? workspace : nullptr;
         run.workspace_bytes = call.tactic_bytes;
-        if (const w4a16_status status = w4a16_run(segment.tactic, &run, stream); status != W4A16_OK) {
+        const Outputs parts = outputs_of(args);
+        const w4a16_status status
+            = w4a16::run(segment.tactic, &run, call.splits_at_once ? &parts : nullptr, stream);
+        if (status != W4A16_OK) {
             return status;
         }
     }
@@ -308,7 +326,7 @@ w4a16_status w4a16_norm_qkv(const w4a16_norm_qkv_args *args, void *given_stream)
     if (const w4a16_status status = project(*args, call, rows, product, rest, stream); status != W4A16_OK) {
         return status;
     }
-    return call.splits ? split(*args, product, sm_count, stream) : W4A16_OK;
+    return call.splits && !call.splits_at_once ? split(*args, product, sm_count, stream) : W4A16_OK;
 }
 
 w4a16_status w4a16_normalize_rows(int32_t norm, const void *x, int64_t m, int64_t x_stride, int64_t hidden,

@@ -13,6 +13,12 @@ struct CUstream_st;
 
 namespace w4a16 {
 
+// A product's columns as up to three arrays side by side; decode tactics alone can write more than one.
+struct Outputs {
+    void *c[3];
+    int ends[3]; // of each one's columns: ascending up to N, and N for those that are not there
+};
+
 // One launch, checked.  `group_size` is K for per-column scales.
 struct Launch {
     const void *a;
@@ -20,7 +26,8 @@ struct Launch {
     const void *scales;
     const void *zeros;
     const void *bias;
-    void *c;
+    void *c; // the only output, where that is all that the tactic knows
+    Outputs outputs;
     int m;
     int n;
     int k;

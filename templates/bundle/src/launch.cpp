@@ -53,7 +53,9 @@ w4a16_status check_pointers(const w4a16_args &args, const Problem &problem) {
     return W4A16_OK;
 }
 
-w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *stream) {
+} // namespace
+
+w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, CUstream_st *stream) {
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
@@ -98,6 +100,8 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
     launch.zeros = args->zeros;
     launch.bias = args->bias;
     launch.c = args->c;
+    const int n = problem.n;
+    launch.outputs = outputs != nullptr ? *outputs : Outputs{{args->c, args->c, args->c}, {n, n, n}};
     launch.m = problem.m;
     launch.n = problem.n;
     launch.k = problem.k;
@@ -110,7 +114,6 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, CUstream_st *strea
     return launched([&] { launch_tactic(index, problem, launch); });
 }
 
-} // namespace
 } // namespace w4a16
 
 w4a16_status w4a16_supports(int32_t tactic, const w4a16_problem *given) {
@@ -161,7 +164,7 @@ w4a16_status w4a16_workspace_size(int32_t tactic, const w4a16_problem *given, si
 }
 
 w4a16_status w4a16_run(int32_t tactic, const w4a16_args *args, void *stream) {
-    return w4a16::run(tactic, args, static_cast<CUstream_st *>(stream));
+    return w4a16::run(tactic, args, nullptr, static_cast<CUstream_st *>(stream));
 }
 
 w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *stream) {
@@ -169,5 +172,5 @@ w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *s
     if (const w4a16_status status = w4a16_find_tactic(tactic, &index); status != W4A16_OK) {
         return status;
     }
-    return w4a16::run(index, args, static_cast<CUstream_st *>(stream));
+    return w4a16::run(index, args, nullptr, static_cast<CUstream_st *>(stream));
 }

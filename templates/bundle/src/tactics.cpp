@@ -163,6 +163,10 @@ w4a16_status check_tactic(std::int32_t index) {
     return W4A16_OK;
 }
 
+bool splits_columns(std::int32_t index) {
+    return decode_tactic(index) != nullptr;
+}
+
 bool is_gemv(std::int32_t index) {
     return index == gemm_tactics.count && gemv_families.count > 0;
 }

@@ -25,6 +25,8 @@ int tactic_count();
 int first_decode_tactic();
 w4a16_status check_tactic(std::int32_t index);
 bool is_gemv(std::int32_t index);
+// Whether the tactic can write its columns to several arrays (Launch::outputs).
+bool splits_columns(std::int32_t index);
 
 w4a16_status supports(std::int32_t index, const Problem &problem);
 // Without wording why not, which costs more than finding out.
@@ -37,5 +39,8 @@ w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index);
 void launch_tactic(std::int32_t index, const Problem &problem, const Launch &launch);
 bool needs_sm_count(std::int32_t index);
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count);
+
+// w4a16_run(); `outputs` in place of args->c, for tactics that split columns.  Null: args->c alone.
+w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, CUstream_st *stream);
 
 } // namespace w4a16
