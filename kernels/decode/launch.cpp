@@ -18,6 +18,7 @@ struct Tensor {
     cuuint64_t strides[2]; // bytes, of all dimensions but the first
     cuuint32_t box[3];
     CUtensorMapSwizzle swizzle;
+    CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
 };
 
 cudaError_t encode(CUtensorMap &map, const Tensor &tensor) {
@@ -29,7 +30,7 @@ cudaError_t encode(CUtensorMap &map, const Tensor &tensor) {
     const cuuint32_t steps[] = {1, 1, 1};
     const CUresult result = function(&map, tensor.type, tensor.rank, const_cast<void *>(tensor.data), tensor.extents,
         tensor.strides, tensor.box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, tensor.swizzle,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        tensor.promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -52,6 +53,16 @@ cudaError_t encode_activations(CUtensorMap &map, const Kernel &kernel, const Lau
             {static_cast<cuuint64_t>(launch.k) * 2, 128},
             {64, static_cast<cuuint32_t>(tokens), static_cast<cuuint32_t>(kernel.stage_k / 64)},
             CU_TENSOR_MAP_SWIZZLE_128B});
+}
+
+// [K / group, N] halves; a box is what a stage of a CTA's rows needs.
+cudaError_t encode_scales(CUtensorMap &map, const void *data, const Kernel &kernel, const Launch &launch) {
+    const auto width = static_cast<cuuint64_t>(launch.n);
+    const int groups = std::max(1, kernel.stage_k / launch.group_size);
+    return encode(map,
+        {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, data, 2, {width, static_cast<cuuint64_t>(launch.k / launch.group_size), 0},
+            {width * 2, 0}, {static_cast<cuuint32_t>(kernel.rows), static_cast<cuuint32_t>(groups), 0},
+            CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B});
 }
 
 // Asks for the kernel's shared memory, once on each device.
@@ -85,6 +96,8 @@ int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1
 cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     CUtensorMap weights;
     CUtensorMap activations;
+    CUtensorMap scales;
+    CUtensorMap zeros{};
     if (const cudaError_t error = prepare(kernel); error != cudaSuccess) {
         return error;
     }
@@ -94,10 +107,18 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     if (const cudaError_t error = encode_activations(activations, kernel, launch); error != cudaSuccess) {
         return error;
     }
-    Problem problem{static_cast<const __half *>(launch.scales), static_cast<const __half *>(launch.zeros),
-        static_cast<const __half *>(launch.bias), {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
-        {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k,
-        shift_of(launch.group_size), launch.dependence};
+    if (const cudaError_t error = encode_scales(scales, launch.scales, kernel, launch); error != cudaSuccess) {
+        return error;
+    }
+    if (launch.zeros != nullptr) {
+        if (const cudaError_t error = encode_scales(zeros, launch.zeros, kernel, launch); error != cudaSuccess) {
+            return error;
+        }
+    }
+    const Problem problem{static_cast<const __half *>(launch.bias),
+        {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
+        {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k, shift_of(launch.group_size),
+        launch.dependence};
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
@@ -117,7 +138,7 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
         serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         serialization.val.programmaticStreamSerializationAllowed = 1;
     }
-    void *arguments[] = {&weights, &activations, &problem};
+    void *arguments[] = {&weights, &activations, &scales, &zeros, const_cast<Problem *>(&problem)};
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel.function), arguments);
 }
 

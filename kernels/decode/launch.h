@@ -12,7 +12,8 @@
 
 namespace w4a16::decode {
 
-using Function = void (*)(CUtensorMap weights, CUtensorMap activations, Problem problem);
+using Function = void (*)(
+    CUtensorMap weights, CUtensorMap activations, CUtensorMap scales, CUtensorMap zeros, Problem problem);
 
 // One instantiation.
 struct Kernel {

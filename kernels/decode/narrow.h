@@ -136,7 +136,7 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
                 const std::uint32_t at = scale_line + of_stage * 2;
                 scale[side] = __half2float(load_half(at));
                 if (Shape::zeros) { // in the unit of `eights`, which is -8 times the sum of the activations
-                    constexpr int to_zeros = Shape::Ring::scale_rows * Shape::Ring::scale_row_bytes;
+                    constexpr int to_zeros = Shape::Ring::zeros_after;
                     zero[side] = -0.125f * __half2float(load_half(at + to_zeros));
                 }
             }
@@ -175,7 +175,7 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     narrow_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
-        const Problem problem) {
+        const __grid_constant__ CUtensorMap scales, const __grid_constant__ CUtensorMap zeros, const Problem problem) {
     using Ring = typename Shape::Ring;
     constexpr int token_tiles = Shape::token_tiles;
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -189,26 +189,21 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     if (problem.dependence == release_early) {
         release_dependents();
     }
+    const Source<Ring, Shape::zeros> source{ring, {&weights, &activations, &scales, &zeros}, problem,
+        Work{first_row, first_token, 0, blocks}, Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
     if (elect_lane()) {
         ring.init(2 * Shape::row_groups, warp, Shape::threads / warp_size);
         if (warp == Shape::warps) {
-            prefetch_tensor_map(&weights);
-            prefetch_tensor_map(&activations);
+            source.prefetch_maps();
         }
     }
     __syncwarp();
     __syncthreads();
-    const Source<Ring, Shape::zeros> source{ring, &weights, &activations, problem, Work{first_row, first_token, 0, blocks},
-        Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
     if (warp == Shape::warps) {
-        source.feed_tiles();
+        source.feed();
         return;
     }
-    if (warp == Shape::warps + 1) {
-        source.feed_scales(lane);
-        return;
-    }
-    source.begin(warp, Shape::warps, lane);
+    source.begin(warp, Shape::warps);
 
     const int share = warp / Shape::row_groups;
     const int warp_row = warp % Shape::row_groups * (Shape::row_tiles * 16);

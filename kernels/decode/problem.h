@@ -16,8 +16,6 @@ enum Dependence {
 };
 
 struct Problem {
-    const __half *scales; // [K / group, N]
-    const __half *zeros;  // likewise, or null
     const __half *bias;   // [N], or null
     __half *c[3];         // outputs side by side: c[i] is [M, ends[i] - ends[i - 1]]
     int ends[3];          // multiples of 8 up to N, ascending; one output: N, N, N
@@ -29,9 +27,12 @@ struct Problem {
 
     // Where column n of a token's row goes.
     __device__ __forceinline__ __half *place(int token, int n) const {
-        const int output = (n >= ends[0] ? 1 : 0) + (n >= ends[1] ? 1 : 0);
-        const int begin = output == 0 ? 0 : ends[output - 1];
-        return c[output] + static_cast<std::size_t>(token) * (ends[output] - begin) + (n - begin);
+        const bool second = n >= ends[0];
+        const bool third = n >= ends[1];
+        const int begin = third ? ends[1] : second ? ends[0] : 0;
+        const int end = third ? ends[2] : second ? ends[1] : ends[0];
+        __half *const output = third ? c[2] : second ? c[1] : c[0];
+        return output + static_cast<std::size_t>(token) * (end - begin) + (n - begin);
     }
 };
 

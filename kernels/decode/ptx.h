@@ -11,6 +11,7 @@ namespace w4a16::decode {
 
 // L2 policies, as CUTLASS's TMA::CacheHintSm90 spells them: weights are read once, activations by every CTA.
 constexpr std::uint64_t evict_first = 0x12F0000000000000ull;
+constexpr std::uint64_t evict_normal = 0x1000000000000000ull;
 constexpr std::uint64_t evict_last = 0x14F0000000000000ull;
 
 __device__ __forceinline__ std::uint32_t shared_address(const void *pointer) {
@@ -83,16 +84,6 @@ __device__ __forceinline__ void copy_tile_3d(std::uint32_t to, const CUtensorMap
                  "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(policy)
                  : "memory");
-}
-
-// 16 bytes, or as many zeros; both addresses are multiples of 16.
-__device__ __forceinline__ void copy_16_or_zeros(std::uint32_t to, const void *from, bool copy) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copy ? 16 : 0) : "memory");
-}
-
-// Arrives once the copies that this thread has started with copy_16_or_zeros are complete.
-__device__ __forceinline__ void barrier_arrive_after_copies(std::uint32_t barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 // ---- shared memory to registers ----

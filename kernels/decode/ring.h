@@ -9,11 +9,11 @@ namespace w4a16::decode {
 
 constexpr int warp_size = 32;
 
-// Warps beside those that multiply: one refills tiles, one scales.
-constexpr int producer_warps = 2;
+// The warp beside those that multiply refills stages.
+constexpr int producer_warps = 1;
 
-// A fill is complete when the copy engine has brought the tiles that one lane asked for, and 32 lanes their scales.
-constexpr int arrivals_of_a_fill = 1 + warp_size;
+// Where the copy engine writes to.
+constexpr int copy_alignment = 128;
 
 // Shared memory of one CTA: a ring of stages that the copy engine fills and the consumer warps empty.  A stage is
 // `rows` rows (columns of W) by `stage_k` of packed weights, `tokens` rows of activations and the scales of each group.
@@ -28,7 +28,9 @@ struct Ring {
     static constexpr int tile_bytes = weight_bytes + activation_bytes;
     static constexpr int scale_rows = stage_k / smallest_group;
     static constexpr int scale_row_bytes = rows * 2;
-    static constexpr int scale_bytes = scale_rows * scale_row_bytes * (zeros ? 2 : 1);
+    // The zeros follow the scales.
+    static constexpr int zeros_after = (scale_rows * scale_row_bytes + copy_alignment - 1) / copy_alignment * copy_alignment;
+    static constexpr int scale_bytes = zeros_after * (zeros ? 2 : 1);
     static constexpr int barriers_of_a_stage = 3;
     static constexpr int stage_bytes = tile_bytes + scale_bytes + 8 * barriers_of_a_stage;
     static_assert(
@@ -56,7 +58,7 @@ struct Ring {
         constexpr int barriers = full_barriers + stages;
 #pragma unroll 1
         for (int i = warp; i < barriers; i += warps) {
-            barrier_init(base + barriers_at + 8 * i, i < full_barriers ? arrivals_of_a_fill : consumers_of_a_stage);
+            barrier_init(base + barriers_at + 8 * i, i < full_barriers ? 1 : consumers_of_a_stage);
         }
         barrier_init_fence();
     }
@@ -107,63 +109,64 @@ struct Work {
     int blocks;
 };
 
+// What the copy engine is told of a launch's operands.  Without zeros, that map is not used.
+struct Maps {
+    const CUtensorMap *weights;
+    const CUtensorMap *activations;
+    const CUtensorMap *scales;
+    const CUtensorMap *zeros;
+};
+
 // Where a CTA's stages come from.
-template <typename Ring_, bool zeros>
+template <typename Ring_, bool with_zeros>
 struct Source {
     using Ring = Ring_;
 
     const Ring &ring;
-    const CUtensorMap *weights;
-    const CUtensorMap *activations;
+    Maps maps;
     const Problem &problem;
     Work work;
     int activation_bytes; // of a stage
 
-    // One lane.
+    // These are called by one lane.
+
+    // Weights with their scales: what lies beyond N or K becomes zeros.  A line of scales serves several CTAs.
     __device__ __forceinline__ void copy_weights(int stage, int fill, int block) const {
         const std::uint32_t full = ring.full(fill);
-        barrier_arrive_expecting(full, Ring::weight_bytes + activation_bytes);
-        copy_tile_2d(ring.weights(stage), weights, (work.first_block + block) * (Ring::stage_k / 2), work.first_row,
-            full, evict_first);
-    }
-
-    // One lane.
-    __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
-        copy_tile_3d(ring.activations(stage), activations, 0, work.first_token, (work.first_block + block) * (Ring::stage_k / 64),
-            ring.full(fill), evict_last);
-    }
-
-    // All lanes.  What lies beyond N or K becomes zeros.
-    __device__ __forceinline__ void copy_scales(int stage, int fill, int block, int lane) const {
-        constexpr int chunks_of_a_row = Ring::rows / 8;
-        constexpr int chunks = Ring::scale_rows * chunks_of_a_row;
-        const int rows_in_use = max(1, Ring::stage_k >> problem.group_shift);
-        const int first_group = (work.first_block + block) * Ring::stage_k >> problem.group_shift;
-        const int last_group = (problem.k - 1) >> problem.group_shift;
-#pragma unroll
-        for (int i = 0; i < (chunks + warp_size - 1) / warp_size; ++i) {
-            const int chunk = i * warp_size + lane;
-            const int row = chunk / chunks_of_a_row;
-            const int n = work.first_row + chunk % chunks_of_a_row * 8;
-            if (chunk < chunks && row < rows_in_use) {
-                const bool inside = first_group + row <= last_group && n < problem.n;
-                const std::size_t from = inside ? static_cast<std::size_t>(first_group + row) * problem.n + n : 0;
-                const std::uint32_t to = ring.scales(stage) + chunk * 16;
-                copy_16_or_zeros(to, problem.scales + from, inside);
-                if (zeros) {
-                    copy_16_or_zeros(to + Ring::scale_rows * Ring::scale_row_bytes, problem.zeros + from, inside);
-                }
-            }
+        const int first_k = (work.first_block + block) * Ring::stage_k;
+        const int group = first_k >> problem.group_shift;
+        const int scale_bytes = max(1, Ring::stage_k >> problem.group_shift) * Ring::scale_row_bytes;
+        barrier_arrive_expecting(
+            full, Ring::weight_bytes + activation_bytes + scale_bytes * (with_zeros ? 2 : 1));
+        copy_tile_2d(ring.weights(stage), maps.weights, first_k / 2, work.first_row, full, evict_first);
+        copy_tile_2d(ring.scales(stage), maps.scales, work.first_row, group, full, evict_normal);
+        if (with_zeros) {
+            copy_tile_2d(
+                ring.scales(stage) + Ring::zeros_after, maps.zeros, work.first_row, group, full, evict_normal);
         }
-        barrier_arrive_after_copies(ring.full(fill));
     }
+
+    __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
+        copy_tile_3d(ring.activations(stage), maps.activations, 0, work.first_token,
+            (work.first_block + block) * (Ring::stage_k / 64), ring.full(fill), evict_last);
+    }
+
+    __device__ __forceinline__ void prefetch_maps() const {
+        prefetch_tensor_map(maps.weights);
+        prefetch_tensor_map(maps.scales);
+        prefetch_tensor_map(maps.activations);
+        if (with_zeros) {
+            prefetch_tensor_map(maps.zeros);
+        }
+    }
+
+    // These by all lanes of a warp.
 
     // The first round.  All consumer warps share it, because what one warp needs to issue it would take longer than the
     // memory does to answer.  Weights do not depend on earlier kernels, so they are asked for before waiting for those.
-    __device__ __forceinline__ void begin(int warp, int warps, int lane) const {
+    __device__ __forceinline__ void begin(int warp, int warps) const {
         const int ahead = min(work.blocks, Ring::stages);
-        const bool elected = elect_lane();
-        if (elected) {
+        if (elect_lane()) {
 #pragma unroll 1
             for (int i = warp; i < ahead; i += warps) {
                 copy_weights(i, i, i);
@@ -171,24 +174,19 @@ struct Source {
                     copy_activations(i, i, i);
                 }
             }
-        }
-        __syncwarp();
+            if (problem.dependence != independent) {
+                wait_for_dependencies();
 #pragma unroll 1
-        for (int i = warp; i < ahead; i += warps) {
-            copy_scales(i, i, i, lane);
-        }
-        if (problem.dependence != independent && elected) {
-            wait_for_dependencies();
-#pragma unroll 1
-            for (int i = warp; i < ahead; i += warps) {
-                copy_activations(i, i, i);
+                for (int i = warp; i < ahead; i += warps) {
+                    copy_activations(i, i, i);
+                }
             }
         }
         __syncwarp();
     }
 
-    // All later rounds, as stages become empty: one warp runs each of these two.
-    __device__ __forceinline__ void feed_tiles() const {
+    // All later rounds, as stages become empty.
+    __device__ __forceinline__ void feed() const {
         int stage = 0;
         int fill = Ring::stages;
         int parity = 0;
@@ -203,18 +201,6 @@ struct Source {
             if (problem.dependence == release_late) {
                 release_dependents();
             }
-        }
-    }
-
-    __device__ __forceinline__ void feed_scales(int lane) const {
-        int stage = 0;
-        int fill = Ring::stages;
-        int parity = 0;
-#pragma unroll 1
-        for (int i = Ring::stages; i < work.blocks; ++i) {
-            barrier_wait(ring.empty(stage), parity);
-            copy_scales(stage, fill, i, lane);
-            advance(stage, fill, parity);
         }
     }
 

@@ -80,7 +80,7 @@ struct WideSums {
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     wide_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
-        const Problem problem) {
+        const __grid_constant__ CUtensorMap scales, const __grid_constant__ CUtensorMap zeros, const Problem problem) {
     using Ring = typename Shape::Ring;
     constexpr int tokens = Shape::tokens;
     constexpr int buffers = Shape::buffers;
@@ -100,26 +100,21 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     if (problem.dependence == release_early) {
         release_dependents();
     }
+    const Source<Ring, Shape::zeros> source{ring, {&weights, &activations, &scales, &zeros}, problem,
+        Work{first_row, first_token, first_block, blocks}, Ring::activation_bytes};
     if (elect_lane()) {
         ring.init(Shape::row_groups * 4, warp, Shape::threads / warp_size);
         if (warp == warps) {
-            prefetch_tensor_map(&weights);
-            prefetch_tensor_map(&activations);
+            source.prefetch_maps();
         }
     }
     __syncwarp();
     __syncthreads();
-    const Source<Ring, Shape::zeros> source{
-        ring, &weights, &activations, problem, Work{first_row, first_token, first_block, blocks}, Ring::activation_bytes};
     if (warp == warps) {
-        source.feed_tiles();
+        source.feed();
         return;
     }
-    if (warp == warps + 1) {
-        source.feed_scales(lane);
-        return;
-    }
-    source.begin(warp, warps, lane);
+    source.begin(warp, warps);
 
     const int row_group = warp / 4 % Shape::row_groups;
     const int set = warp / 4 / Shape::row_groups;
@@ -142,7 +137,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         barrier_wait(ring.full(at.fill), at.parity);
         const std::uint32_t words = ring.weights(at.stage);
         const std::uint64_t tile = first_tile + at.stage * (Ring::tile_bytes / 16);
-        const std::uint32_t scales = ring.scales(at.stage) + row * 2;
+        const std::uint32_t scale_line = ring.scales(at.stage) + row * 2;
         __half2 scale[2];
         __half2 zero[2];
         std::uint32_t word[spans][2];
@@ -155,13 +150,14 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
 #pragma unroll
         for (int span = 0; span < spans; ++span) {
             if (!Shape::folded && span % 2 == 0) {
-                const std::uint32_t scales_here = scales + (span / 2 * 64 >> problem.group_shift) * Ring::scale_row_bytes;
+                const std::uint32_t scales_here =
+                    scale_line + (span / 2 * 64 >> problem.group_shift) * Ring::scale_row_bytes;
 #pragma unroll
                 for (int side = 0; side < 2; ++side) {
                     scale[side] = __half2half2(load_half(scales_here + side * 16));
                     if (Shape::zeros) {
                         zero[side] = __half2half2(
-                            load_half(scales_here + side * 16 + Ring::scale_rows * Ring::scale_row_bytes));
+                            load_half(scales_here + side * 16 + Ring::zeros_after));
                     }
                 }
             }
@@ -191,7 +187,8 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
                     hold(operand[i]);
                 }
                 sums.fold();
-                const std::uint32_t scales_here = scales + (span / 4 * 128 >> problem.group_shift) * Ring::scale_row_bytes;
+                const std::uint32_t scales_here =
+                    scale_line + (span / 4 * 128 >> problem.group_shift) * Ring::scale_row_bytes;
                 sums.scale[0] = __half2float(load_half(scales_here));
                 sums.scale[1] = __half2float(load_half(scales_here + 16));
             }

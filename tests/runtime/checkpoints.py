@@ -162,12 +162,17 @@ def expected(case: Case) -> Expected:
 
 def weight(case: Case) -> Array:
     """float16 [K, N]: fma(q - 8, s, z), rounded once from the exact number."""
+    return exact_weight(case).astype(np.float16)
+
+
+def exact_weight(case: Case) -> Array:
+    """float64 [K, N]: (q - 8) * s + z, of scales and zeros as they are stored."""
     group = case.group_of_input
     s = case.scales[group].astype(np.float64)
     z = np.zeros_like(s)
     if case.points is not None:
         z = ((8.0 - case.points) * case.scales.astype(np.float64)).astype(np.float16)[group]
-    return ((case.q - 8) * s + z.astype(np.float64)).astype(np.float16)
+    return np.asarray((case.q - 8) * s + z.astype(np.float64))
 
 
 def case_of(

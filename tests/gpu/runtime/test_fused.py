@@ -15,7 +15,7 @@ from w4a16.fused_weights import GPTQTensors
 from w4a16.library import LIBRARY, Norm
 
 from tests.gpu.runtime.products import poison, torch
-from tests.runtime.checkpoints import Case, case_of, weight
+from tests.runtime.checkpoints import Case, case_of, exact_weight
 
 K = 1024
 EPS = 1e-5
@@ -55,7 +55,8 @@ class Fused:
         version: Any = "v1" if self.case.format == "gptq" else "v2"
         self.packed = fused.fuse_qkv(given, format=self.case.format, group_size=size, widths=widths)
         self.plain = GPTQTensors.of(given, group_size=size, zero_points=version, widths=widths)
-        self.w = torch.from_numpy(weight(self.case)).cuda()
+        self.exact_w = torch.from_numpy(exact_weight(self.case)).cuda()
+        self.w = self.exact_w.half()
         source = torch.Generator("cuda").manual_seed(9)
         self.ln = [torch.randn(k, generator=source, device="cuda").half() for _ in "wb"]
 
@@ -72,7 +73,7 @@ class Fused:
         else:
             theirs = torch.nn.functional.rms_norm(x, (self.k,), self.ln[0], EPS) + self.ln[1]
         wide = wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + EPS)
-        exact = (wide * self.ln[0].double() + self.ln[1].double()) @ self.w.double()
+        exact = (wide * self.ln[0].double() + self.ln[1].double()) @ self.exact_w
         theirs = theirs @ self.w
         if self.case.bias is not None:
             bias = torch.from_numpy(self.case.bias).cuda()
