@@ -21,6 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.suite import environment
+from benchmarks.suite.errors import Missing
+
 SCHEMA = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 HIDDEN = 4096
@@ -466,7 +469,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/bench-fusion"), metavar="DIR")
     parser.add_argument("--rows", type=_numbers, default=ROWS, metavar="M,M,…")
     parser.add_argument("--hidden", type=int, default=HIDDEN)
     parser.add_argument(
@@ -488,19 +491,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report is not None:
         result = Result.from_json(options.report.read_text(encoding="utf-8"))
     else:
+        environment.find_library()
+        environment.load_torch()
         from w4a16.errors import W4A16Error
 
         try:
             result = run(options)
         except (W4A16Error, ImportError) as reason:
-            print(f"cannot run: {reason}", file=sys.stderr)
-            return 2
+            raise Missing(f"cannot run: {reason}") from reason
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "fusion.json").write_text(result.as_json(), encoding="utf-8")
     (options.out / "fusion.md").write_text(markdown(result), encoding="utf-8")
+    try:
+        draw(result, options.out / "fusion.png")
+    except Missing as reason:
+        print(f"not drawn: {reason}", file=sys.stderr)
     print("\n".join(line for line in markdown(result).splitlines() if "old" in line[:20]))
     return 0
 
 
+def draw(result: Result, path: Path) -> None:
+    """Time against M for each set of widths; raises :class:`Missing` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Missing(f"matplotlib cannot be imported ({error})") from None
+    sets = list(dict.fromkeys(row.widths for row in result.rows))
+    figure: Any = Figure(figsize=(6.5 * max(1, len(sets)), 5), layout="constrained")
+    for place, widths in enumerate(sets, 1):
+        axes = figure.add_subplot(1, len(sets), place)
+        for contender in dict.fromkeys(row.contender for row in result.rows):
+            points = sorted(
+                (row.m, row.times.p50)
+                for row in result.rows
+                if row.widths == widths and row.contender == contender and row.times is not None
+            )
+            if points:
+                axes.loglog(*zip(*points, strict=True), "-o", markersize=3, label=contender)
+        axes.set(title=" + ".join(map(str, widths)), xlabel="rows (M)", ylabel="microseconds (P50)")
+        axes.grid(visible=True, which="both", alpha=0.3)
+    if sets:
+        figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.suite.__main__ import main as suite
+
+    sys.exit(suite(["--suite", "fusion", *sys.argv[1:]]))

@@ -15,7 +15,7 @@ from benchmarks.suite.errors import UsageError
 Main: TypeAlias = Callable[[Sequence[str]], int]
 
 #: ``module:function`` by name; the first is run when none is named.
-SUITES = {"linear": "benchmarks.suite.run:main"}
+SUITES = {"linear": "benchmarks.suite.run:main", "fusion": "benchmarks.fusion:main"}
 
 
 def find(name: str) -> Main:

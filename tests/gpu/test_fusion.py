@@ -31,8 +31,9 @@ pytestmark = pytest.mark.usefixtures("gpu")
 LAYER, RMS = 0, 1
 EPS = 1e-5
 #: Of the error of torch's FP16 norm and matmul: of a whole result, and of each of its rows.
-# A row has a few hundred elements, whose errors and torch's are independent of each other.
-LIMIT, ROW_LIMIT = 1.05, 1.20
+#: A row has a few hundred elements, whose errors are independent of torch's: the worst of
+#: thousands of rows differs more.
+LIMIT, ROW_LIMIT = 1.05, 1.30
 #: Upstream's GEMV sums in FP16.
 GEMV_LIMIT = 8.0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fusion
+from benchmarks.suite.__main__ import main as suite
 from benchmarks.fusion import ALONE, FUSED, NORM_THEN_OURS, PLAIN_ALONE, Result, Row, times_of
 
 
@@ -78,5 +79,12 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert fusion.main(["--out", str(tmp_path)]) == 2
-    assert "cannot run" in capsys.readouterr().err
+    assert suite(["--suite", "fusion", "--out", str(tmp_path / "out")]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_times_are_drawn_against_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    fusion.draw(Result(rows=ROWS), tmp_path / "fusion.png")
+    assert (tmp_path / "fusion.png").read_bytes().startswith(b"\x89PNG")
