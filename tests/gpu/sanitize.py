@@ -3,6 +3,7 @@
 Buffers have exactly the size that they need.
 
     python tests/gpu/sanitize.py
+    python tests/gpu/sanitize.py --only decode --depth 8256
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
 
 Without torch, which is slow and noisy under compute-sanitizer; with numpy, if there is one, the
@@ -49,8 +50,10 @@ from tests.gpu.library import (
     problem,
 )
 
-# Neither is a multiple of a tile, and K is deep enough for stream-K to split it.
+# Neither is a multiple of a tile; K, which --depth changes, is deep enough for stream-K to split it.
 N, K, GROUP = 296, 1088, 64
+# Decode kernels hold up to 24 stages of 256 of K: with this they fill some of them twice.
+DEEP = 8256
 GEMM_ROWS = (5, 70)
 GEMV_ROWS = (1, 6, 15)
 DECODE_ROWS = (1, 6, 70)
@@ -438,7 +441,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="REGEX", help="tactics whose name matches")
     parser.add_argument("--seed", type=int, default=int(os.environ.get("W4A16_SEED") or 1))
+    parser.add_argument(
+        "--depth", type=int, default=K, metavar="K", help=f"of the products; {DEEP} for decode"
+    )
     options = parser.parse_args()
+    globals()["K"] = options.depth
     try:
         library = Library(find_library())
         device = library.check_device()
