@@ -50,7 +50,7 @@ from tests.gpu.library import (
     problem,
 )
 
-# Neither is a multiple of a tile; K, which --depth changes, is deep enough for stream-K to split it.
+# Neither is a multiple of a tile; K is deep enough for stream-K to split it (--depth: another one).
 N, K, GROUP = 296, 1088, 64
 # Decode kernels hold up to 24 stages of 256 of K: with this they fill some of them twice.
 DEEP = 8256

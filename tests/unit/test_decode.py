@@ -67,7 +67,7 @@ def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_
         assert len({tactic.name for tactic in tactics}) == len(tactics)
         assert len(set(kernels)) == len(kernels)
         for tactic in tactics:
-            assert re.fullmatch(r"decode:\d+x\d+(:[sgocn]\d)*", tactic.name)
+            assert re.fullmatch(r"decode:\d+x\d+(:[sgowcn]\d|:k128)*", tactic.name)
             assert tactic.ident.isidentifier()
 
 
@@ -77,7 +77,7 @@ def test_the_rule_of_auto_names_tactics_as_a_profile_would() -> None:
     named = re.findall(r'^    \{\d+, "(decode:[^"]+)"', text, re.MULTILINE)
     assert named
     for name in named:
-        assert re.fullmatch(r"decode:\d+x\d+(:s\d)?(:g\d)?(:o2)?(:c\d)?(:n4)?", name)
+        assert re.fullmatch(r"decode:\d+x\d+(:s\d)?(:g\d)?(:o2)?(:w6)?(:c\d)?(:n4)?(:k128)?", name)
         assert name.removeprefix("decode:") in header, f"w4a16.h does not state {name}"
 
 
@@ -113,9 +113,11 @@ def test_a_unit_instantiates_each_kernel_of_its_tactic_once_and_no_other(
 
 def test_a_shape_has_the_parameters_of_its_configuration() -> None:
     assert "decode_224x8_g2_g64_z : NarrowShape<2, 7, 1, 8, 0, 64, true, 1>" in unit(NARROW)
+    assert "NarrowShape<2, 7, 1, 6, 0, 64, true, 1>" in unit(replace(NARROW, warps=6))
+    assert "WideShape<2, 2, 32, 128, 0, true, false, 4, 2>" in unit(replace(WIDE, stage_k=128))
     text = unit(WIDE)
-    assert "_g64_z : WideShape<2, 2, 32, 0, true, false, 4, 2>" in text
-    assert "_g128 : WideShape<2, 2, 32, 0, false, true, 4, 2>" in text
+    assert "_g64_z : WideShape<2, 2, 32, 256, 0, true, false, 4, 2>" in text
+    assert "_g128 : WideShape<2, 2, 32, 256, 0, false, true, 4, 2>" in text
 
 
 def test_a_release_with_another_packed_layout_or_a_profile_without_a_section_has_none() -> None:
