@@ -131,8 +131,7 @@ def test_a_table_keeps_the_shipped_rows_above_the_limit_and_says_so(
 ) -> None:
     case = Case(QuantOp.GROUP_SCALE, 128, *shipped_table.ANCHORS[0])
     rows = {m: {"gemv": 12345.0} for m in BUCKETS}
-    gpu = shipped_table.LIBRARY.device(0)
-    earlier = tables.Table(key=tactics.key_of(gpu), entries={case: rows})
+    earlier = tables.Table(key=tactics.key_of(FakeLibrary().device(0)), entries={case: rows})
     monkeypatch.setattr(tables, "shipped", lambda *_: (earlier, "a table"))
     assert shipped_table.main(["--out", str(tmp_path), "--shapes", "1", "--keep-above", "64"]) == 0
     table, _ = tables.loads((tmp_path / "tactics-nvidia-fake.json").read_bytes())
