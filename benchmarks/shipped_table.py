@@ -10,7 +10,8 @@ needs a GPU and W4A16_LIBRARY (or an installed package), neither torch nor a net
 
 Cases come in the order of their importance; at the limit it stops with what it has.
 ``--keep-above M`` measures up to M rows of activations only, and takes larger numbers of rows from
-the table that ships already: for new tactics that are for few rows.
+the table that ships already: for new tactics that are for few rows. Cases that were not measured
+stay as they are there.
 """
 
 from __future__ import annotations
@@ -60,11 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=int, default=None, help="only the first so many (N, K)")
     parser.add_argument("--keep-above", type=int, default=None, metavar="M")
     given = parser.parse_args(arguments)
+    most = BUCKETS[-1] if given.keep_above is None else given.keep_above
+    if most not in BUCKETS:
+        parser.error(f"--keep-above {most} is no bucket of M: expected one of {BUCKETS}")
     begin = time.monotonic()
     deadline = begin + given.limit
     device = current_device()
     gpu = LIBRARY.device(device)
     key = tactics.key_of(gpu)
+    known, reason = tables.shipped(gpu.name, key.sm, gpu.sm_count)
+    if given.keep_above is not None and known is None:
+        parser.error(
+            f"--keep-above {most}: no table has rows to keep ({reason}); leave the option out"
+        )
     made: dict[str, Any] = {**made_now(), **conditions(device), "before": state()}
     print(f"{gpu.name}, {gpu.sm_count} SMs, {made}", flush=True)
     raw: dict[str, Any] = {
@@ -74,19 +83,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.out.mkdir(parents=True, exist_ok=True)
     place = given.out / f"tactics-{tables.slug(gpu.name)}.json"
     with Timer(device) as timer:
-        most = given.keep_above or BUCKETS[-1]
         cases = [(case, [m for m in buckets if m <= most]) for case, buckets in work(given.shapes)]
         rows = _measure(timer, cases, deadline - _FOR_VERIFICATION * given.limit)
         raw["rows"] = [row_as_json(row) for row in rows]
         made["after"] = state()
         _write(place.with_suffix(".raw.json"), json.dumps(raw) + "\n")
         full: Entries = entries_of(rows)
-        if given.keep_above is not None:
-            known, reason = tables.shipped(gpu.name, key.sm, gpu.sm_count)
-            if known is None:
-                parser.error(f"--keep-above: there is no table to keep rows of: {reason}")
-            full = with_kept(full, known.entries, given.keep_above)
-            made["kept"] = f"M > {given.keep_above}, from an earlier run"
+        if given.keep_above is not None and known is not None:
+            full = with_kept(full, known.entries, most)
+            made["kept"] = f"M > {most}, from an earlier run"
         table = tables.Table(key=key, entries=without_agreeing(full, gpu.sm_count), made=made)
         _write(place, tables.dumps(table))
         shapes = VERIFIED[: given.shapes]
@@ -151,11 +156,15 @@ def _measure(
 
 
 def with_kept(new: Entries, old: Entries, above: int) -> dict[Case, Mapping[int, tables.Times]]:
-    """New entries up to ``above`` rows, with old ones beyond; cases that only the old have, too."""
-    made: dict[Case, Mapping[int, tables.Times]] = {}
-    for case in (*new, *(case for case in old if case not in new)):
-        kept = {m: times for m, times in old.get(case, {}).items() if m > above or case not in new}
-        made[case] = {**new.get(case, {}), **kept}
+    """New entries with the old ones of more than ``above`` rows, and what only the old have.
+
+    Old rows up to ``above`` of a case that was measured are left out, even where the new ones lack
+    them: they do not know the new tactics.
+    """
+    made: dict[Case, Mapping[int, tables.Times]] = dict(old)
+    for case, rows in new.items():
+        kept = {m: times for m, times in old.get(case, {}).items() if m > above}
+        made[case] = {**rows, **kept}
     return made
 
 

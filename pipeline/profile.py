@@ -106,6 +106,20 @@ class GemvChoice(Model):
         return _without_repeats(value)
 
 
+def _refuse_few_stages(
+    tile_bytes: int, scale_bytes: int, sums_bytes: int, ctas_per_sm: int, least: int
+) -> None:
+    """As ``kernels/decode/ring.h`` counts them, which says so a compilation later."""
+    most = (227 if ctas_per_sm == 1 else 113) * 1024  # of an SM's 228 KiB; 1 KiB a CTA is CUDA's
+    fit = min(24, most // (tile_bytes + scale_bytes + 3 * 8))  # three barriers of 8 bytes
+    needed = max(least, -(-sums_bytes // tile_bytes))
+    if fit < needed:
+        raise ValueError(
+            f"needs {needed} stages, and shared memory holds {fit}: ask for fewer rows, tokens, "
+            "sets or ctas_per_sm, or for a smaller stage_k where there is one"
+        )
+
+
 class NarrowChoice(Model):
     """A decode kernel that multiplies with mma.sync."""
 
@@ -126,6 +140,23 @@ class NarrowChoice(Model):
             raise ValueError(
                 f"rows {self.rows} with {self.row_groups} row_groups: not a multiple of {unit}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_of_warps(self) -> NarrowChoice:
+        if self.warps % (2 * self.row_groups):
+            raise ValueError(
+                f"{self.warps} warps with {self.row_groups} row_groups: each group needs pairs of "
+                f"warps, so a multiple of {2 * self.row_groups}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> NarrowChoice:
+        tile = self.rows * 128 + self.tokens * 512
+        scales = 2 * 8 * self.rows * 2  # groups of 32, with zeros
+        sums = self.warps // self.row_groups * self.tokens * (self.rows + 4) * 4
+        _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1)
         return self
 
 
@@ -149,8 +180,16 @@ class WideChoice(Model):
         if self.rows // 64 * self.sets > 7:
             raise ValueError(
                 f"{self.sets} sets of {self.rows} rows are {self.rows // 64 * self.sets} "
-                "warpgroups, and a CTA has at most 7 beside its copying warps"
+                "warpgroups, and a CTA has at most 7 beside its copying warp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> WideChoice:
+        tile = self.stage_k * (self.rows // 2 + self.tokens * 2)
+        scales = 2 * self.stage_k // 64 * self.rows * 2  # groups of 64, with zeros
+        sums = self.sets * self.tokens * (self.rows + 4) * 4
+        _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 2 * self.sets)
         return self
 
 

@@ -61,7 +61,6 @@ class Wide:
     zeros: bool = False
     folded: bool = False  # scales into the FP32 sums, not into the operands
     ctas_per_sm: int = 1
-    stage_k: int = 256
     wide = True
 
     @property
@@ -72,6 +71,15 @@ class Wide:
     def group(self) -> int:
         """The smallest that it takes."""
         return 128 if self.folded else 64
+
+    @property
+    def stage_k(self) -> int:
+        """Of K a stage: 256 where shared memory holds enough of those for the sets."""
+        most = (227 if self.ctas_per_sm == 1 else 113) * 1024
+        scales = 4 * self.rows * 2 * (2 if self.zeros else 1)
+        barriers = 3 * 8
+        stage = self.rows * 128 + self.tokens * 512 + scales + barriers
+        return 256 if most // stage >= 2 * self.sets else 128
 
     @property
     def name(self) -> str:
@@ -95,7 +103,7 @@ Configuration = Narrow | Wide
 
 
 def all_configurations() -> tuple[Configuration, ...]:
-    """What NOTES.md proposes to ship, and what else was best somewhere."""
+    """What was best somewhere, by the study in NOTES.md."""
     return tuple(dict.fromkeys((*_narrow(), *_wide())))
 
 

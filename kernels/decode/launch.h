@@ -64,7 +64,6 @@ constexpr int group_classes = 3; // groups of 32, of 64, and larger ones
 // The kernels of one tactic.
 struct Kernels {
     Kernel of[group_classes][2]; // by group class and whether there are zeros
-    int ctas_per_sm;
 
     const Kernel &of_group(int group_size, bool zeros) const {
         return of[group_size < 64 ? 0 : group_size < 128 ? 1 : 2][zeros ? 1 : 0];

@@ -30,6 +30,7 @@ struct NarrowShape {
     static constexpr int shares = warps / row_groups; // of K
     static constexpr int sets = shares / 2;
     static constexpr int threads = (warps + producer_warps) * warp_size;
+    static_assert(sets > 0 && warps == sets * 2 * row_groups, "every row group has as many pairs of warps");
     using Ring = FittingRing<rows, tokens, 256, group, zeros, stages_, ctas_per_sm>;
     static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
 

@@ -29,10 +29,6 @@ __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(std::uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Arrives once for the warp, whose lanes are all here; does so without a branch, which wgmma in flight cannot stand.
 __device__ __forceinline__ void barrier_arrive_by_warp(std::uint32_t barrier, bool enabled = true) {
     asm volatile("{\n.reg .pred p, q;\n"
@@ -133,10 +129,6 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
 }
 
 // Counts this warp in at a barrier that others wait at.
-__device__ __forceinline__ void arrive_threads(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 __device__ __forceinline__ int cluster_size() {
     std::uint32_t size;
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));

@@ -83,8 +83,10 @@ void launch_picked(const PackParameters &parameters, CUstream_st *stream) {
     const int bytes = parameters.source_k * static_cast<int>(sizeof(Word));
     const auto kernel = pack_picked_kernel<format, aligned>;
     if (bytes > default_shared_bytes) {
-        // What fails here fails at the launch, too, where the caller asks for the error.
-        (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+        // What fails here fails at the launch, too, where the caller asks for the error.  Always the most that is ever
+        // asked for: another thread's smaller launch must not lower the limit of this one.
+        constexpr int most = strip_most_rows * static_cast<int>(sizeof(Word));
+        (void)cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
     const auto strips = static_cast<unsigned int>(parameters.packed.n / strip_columns);
     kernel<<<strips, strip_threads, static_cast<std::size_t>(bytes), stream>>>(parameters);

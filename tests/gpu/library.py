@@ -13,8 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTO = -1
-#: ``w4a16_args.flags``
-OVERLAP = 1
+#: ``W4A16_RUN_OVERLAP``, for ``flags``
+RUN_OVERLAP = 1
 
 
 class Status(IntEnum):
@@ -175,7 +175,6 @@ class PackArgs(Versioned):
     )
 
 
-RUN_OVERLAP = 1
 SEGMENTS = 3
 
 

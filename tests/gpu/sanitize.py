@@ -33,7 +33,7 @@ if not __package__:
 from tests.gpu.cuda import Cuda, CudaError
 from tests.gpu.library import (
     AUTO,
-    OVERLAP,
+    RUN_OVERLAP,
     ApiError,
     Args,
     GptqArgs,
@@ -464,7 +464,7 @@ def main() -> int:
         if launch.tactic.is_decode:
             # The first of these may overlap with no kernel, the second with the first.
             buffers.poison()
-            buffers.args.flags = OVERLAP
+            buffers.args.flags = RUN_OVERLAP
             for _ in range(2):
                 library.run(launch.tactic.index, buffers.args)
             cuda.synchronize()

@@ -16,7 +16,7 @@ import pytest
 
 from .library import (
     AUTO,
-    OVERLAP,
+    RUN_OVERLAP,
     ApiError,
     Args,
     Build,
@@ -279,7 +279,7 @@ def test_launch_arguments_of_another_size_or_with_unknown_flags_are_refused(
         call = Call.good(op)
         call.args.struct_size = size
         check(run(library, call), INVALID, "struct_size")
-    for flags in (2, OVERLAP | 2, 2**31, 2**32 - 1):
+    for flags in (2, RUN_OVERLAP | 2, 2**31, 2**32 - 1):
         call = Call.good(op)
         call.args.flags = flags
         check(run(library, call), INVALID, rf"flags is {flags}")

@@ -560,7 +560,7 @@ BAD: list[tuple[str, Callable[[NormQkvArgs], None], Status, str]] = [
     ("c", lambda a: a.c.__setitem__(2, a.c[2] + 2), Status.ERROR_MISALIGNED, "c.2"),
     ("columns", lambda a: setattr(a, "columns", a.x + 4), Status.ERROR_MISALIGNED, "columns"),
     ("workspace", lambda a: setattr(a, "workspace_bytes", 64), Status.ERROR_WORKSPACE, "needs"),
-    ("no workspace", lambda a: setattr(a, "workspace", None), Status.ERROR_INVALID_ARGUMENT, "w"),
+    ("no workspace", lambda a: setattr(a, "workspace", None), Status.ERROR_WORKSPACE, "has 0 b"),
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from . import reference
 from .harness import Guarded, Plan, current_stream, launch, plans
-from .library import OVERLAP, Library, QuantOp, Source, Tactic, pack_args
+from .library import RUN_OVERLAP, Library, QuantOp, Source, Tactic, pack_args
 from .reference import Tensor, Weights, torch
 
 N, K, M = 1032, 1088, 20
@@ -49,7 +49,7 @@ def test_every_tactic_takes_the_flag_and_gives_the_same_bits(
         c, workspace = plan.buffers()
         torch.cuda.synchronize()
         for turn in range(4):
-            plan.start(c, workspace, flags=OVERLAP)
+            plan.start(c, workspace, flags=RUN_OVERLAP)
             results.append((f"{plan.name}, launch {turn}", c.inside.clone(), bits))
         clean = c.intact() * workspace.intact()
         results.append((f"{plan.name}: guard bands", clean, torch.ones_like(clean)))
@@ -63,7 +63,7 @@ def test_tactics_that_overlap_one_after_another_give_the_bits_of_each_alone(
     torch.cuda.synchronize()
     for _ in range(3):
         for (plan, _), (c, workspace) in zip(ready, buffers, strict=True):
-            plan.start(c, workspace, flags=OVERLAP)
+            plan.start(c, workspace, flags=RUN_OVERLAP)
     assert_same(
         [(p.name, c.inside, bits) for (p, bits), (c, _) in zip(ready, buffers, strict=True)]
     )
@@ -82,7 +82,7 @@ def test_activations_that_another_kernel_writes_are_waited_for(
         torch.cuda._sleep(SLEEP_CYCLES)
         for index, (plan, _) in enumerate(ready):
             inputs[index].copy_(plan.a)
-            plan.start(*buffers[index], a=inputs[index], flags=OVERLAP)
+            plan.start(*buffers[index], a=inputs[index], flags=RUN_OVERLAP)
             copies[index].copy_(buffers[index][0].inside)
             inputs[index].fill_(float("nan"))
 
@@ -135,7 +135,7 @@ def test_a_chain_of_launches_that_overlap_waits_for_each_others_results(
             def work(tactic: Tactic = tactic, rows: list[Tensor] = rows) -> None:
                 for row in rows[1:]:
                     row.fill_(float("nan"))
-                chain(library, tactic, weights, rows, OVERLAP)
+                chain(library, tactic, weights, rows, RUN_OVERLAP)
 
             twice(work, captured)
             for layer, (found, wanted) in enumerate(zip(rows, plain, strict=True)):
@@ -156,7 +156,7 @@ def test_the_second_kernel_waits_for_a_first_one_that_takes_long(
         m = 400 * tactic.tile[1]
         a = reference.randn((m, size), source)
         outcomes = []
-        for flags in (0, OVERLAP):
+        for flags in (0, RUN_OVERLAP):
             middle = torch.full_like(a, float("nan"))
             last = middle[-tactic.tile[1] :]
             c = torch.full_like(last, float("nan"))
@@ -208,7 +208,7 @@ def test_a_plain_launch_after_weights_were_written_is_right_and_those_after_it_m
                     getattr(shared, name).copy_(getattr(weights, name))
                 pack_on_device(library, plain[turn], k, n, shared.packed)
                 for place, output in enumerate(outputs[turn]):
-                    flags = OVERLAP if place else 0
+                    flags = RUN_OVERLAP if place else 0
                     launch(library, tactic.index, shared, a, output.data_ptr(), flags=flags)
 
         twice(work, captured)
@@ -249,7 +249,7 @@ def test_the_smallest_problem_may_overlap(library: Library, decode: list[Tactic]
         launch(library, tactic.index, weights, given, outputs[0].address)
         torch.cuda._sleep(SLEEP_CYCLES // 50)
         a.copy_(given)
-        launch(library, tactic.index, weights, a, outputs[1].address, flags=OVERLAP)
+        launch(library, tactic.index, weights, a, outputs[1].address, flags=RUN_OVERLAP)
         results.append((tactic.name, outputs[1].inside.clone(), outputs[0].inside.clone()))
         clean = outputs[0].intact() * outputs[1].intact()
         results.append((f"{tactic.name}: guard bands", clean, torch.ones_like(clean)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -299,6 +300,35 @@ def test_packing_and_unpacking_on_the_gpu_is_a_round_trip_from_every_source(
             case.start(out)
             library.unpack_device(arch, out.address, k, n, plain.data_ptr(), current_stream())
             assert (plain.cpu().numpy() == stored(q, Source.PLAIN)).all(), str(case)
+
+
+def test_threads_that_pack_weights_of_other_depths_do_not_lower_each_others_limits(
+    library: Library,
+) -> None:
+    """A strip of so many rows asks for more shared memory than a block has without asking."""
+    failed: list[Exception] = []
+
+    def pack(k: int) -> None:
+        n = 8
+        q = torch.zeros(k * n // 2, dtype=torch.uint8, device=reference.DEVICE)
+        out = torch.empty_like(q)
+        order = torch.arange(k, device=reference.DEVICE).int()
+        shape = np.broadcast_to(np.uint8(0), (k, n))
+        where = (q.data_ptr(), order.data_ptr(), out.data_ptr())
+        args = arguments(Source.GPTQ, None, (k, n), shape, where)
+        try:
+            for _ in range(300):
+                library.pack_weight_device(args, current_stream())
+            torch.cuda.synchronize()
+        except Exception as error:  # told below, in the test's own thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=pack, args=(k,)) for k in (57344, 16384, 57344, 20480)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_how_fast_packing_is(library: Library, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,55 @@ def test_a_case_of_another_group_is_left_out_only_where_the_first_stands_in_well
     assert list(kept) == [plain, plain._replace(group_size=256)]
 
 
+def test_rows_above_the_limit_are_kept_and_those_below_are_measured_anew() -> None:
+    both = Case(QuantOp.GROUP_SCALE, 128, 4096, 4096)
+    old_only, new_only = both._replace(n=8192), both._replace(n=2048)
+    old = {
+        both: {8: {"old": 1.0}, 256: {"old": 2.0}, 512: {"old": 3.0}},
+        old_only: {8: {"old": 4.0}, 512: {"old": 5.0}},
+    }
+    new = {both: {8: {"new": 0.5}}, new_only: {8: {"new": 0.6}}}
+    assert shipped_table.with_kept(new, old, 256) == {
+        both: {8: {"new": 0.5}, 512: {"old": 3.0}},
+        old_only: old[old_only],
+        new_only: new[new_only],
+    }
+    assert set(old[both]) == {8, 256, 512}
+
+
+def test_a_table_keeps_the_shipped_rows_above_the_limit_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(QuantOp.GROUP_SCALE, 128, *shipped_table.ANCHORS[0])
+    rows = {m: {"gemv": 12345.0} for m in BUCKETS}
+    earlier = tables.Table(key=tactics.key_of(FakeLibrary().device(0)), entries={case: rows})
+    monkeypatch.setattr(tables, "shipped", lambda *_: (earlier, "a table"))
+    assert shipped_table.main(["--out", str(tmp_path), "--shapes", "1", "--keep-above", "64"]) == 0
+    table, _ = tables.loads((tmp_path / "tactics-nvidia-fake.json").read_bytes())
+    assert table.made["kept"] == "M > 64, from an earlier run"
+    kept = {m for m, times in table.entries[case].items() if times == {"gemv": 12345.0}}
+    assert kept == {m for m in BUCKETS if m > 64}
+    assert set(table.entries[case]) == set(BUCKETS)
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [("64", "no table has rows to keep"), ("0", "is no bucket of M")]
+)
+def test_rows_that_cannot_be_kept_are_refused_before_anything_is_timed(
+    limit: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(tables, "shipped", lambda *_: (None, "none for this GPU"))
+    monkeypatch.setattr(shipped_table, "measure", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(SystemExit):
+        shipped_table.main(["--out", str(tmp_path / "out"), "--keep-above", limit])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_lost_where_the_best_is_taken() -> None:
     row = table_quality.Row(
         Case(QuantOp.GROUP_SCALE, 128, 4096, 4096), 1, {"gemv": 4.0, TACTICS[0].name: 8.0}, "gemv"

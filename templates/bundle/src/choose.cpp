@@ -16,7 +16,6 @@ struct DecodeRule {
     int m;             // for M up to this
     const char *name;  // of the tactic
     float tiles_an_sm; // for N that makes at most so many tiles for each SM; 0: any
-    bool zeros = true; // also with zeros
     int k = 0;         // for K up to this; 0: any
 };
 
@@ -28,18 +27,18 @@ constexpr DecodeRule decode_rules[] = {
     {8, "decode:224x8:g2", 1},
     {8, "decode:48x8:o2", 0},
     {16, "decode:32x16:o2:w6", 1},
-    {16, "decode:64x16", 1, true, 8192},
-    {16, "decode:80x16", 1, true, 8192},
+    {16, "decode:64x16", 1, 8192},
+    {16, "decode:80x16", 1, 8192},
     {16, "decode:64x16:s2:o2:c2", 1},
     {16, "decode:128x16:s1:o2", 0},
-    {32, "decode:64x32:s2:o2:c2:k128", 0.5f, true, 8192},
+    {32, "decode:64x32:s2:o2:c2:k128", 0.5f, 8192},
     {32, "decode:64x32:s4:c2", 0.5f},
     {32, "decode:64x32:s4", 0.75f},
     {32, "decode:128x32:s2:c2", 0.5f},
     {32, "decode:192x32:s1:c2", 0.5f},
     {32, "decode:128x32:s1:o2", 2},
     {32, "decode:256x32:s1", 0},
-    {64, "decode:64x64:s2:o2:c2:k128", 0.5f, true, 8192},
+    {64, "decode:64x64:s2:o2:c2:k128", 0.5f, 8192},
     {64, "decode:64x64:s4:c2:k128", 0.5f},
     {64, "decode:64x64:s4:k128", 0.75f},
     {64, "decode:128x64:s2:c2", 0.5f},
@@ -63,7 +62,7 @@ const DecodeTactic *decode_named(const char *name) {
 bool holds(const DecodeRule &rule, const DecodeTactic &tactic, const Problem &problem, int sm_count) {
     const auto tiles = static_cast<float>(ceil_div(problem.n, decode_rows(tactic)));
     return (rule.tiles_an_sm == 0 || tiles <= rule.tiles_an_sm * static_cast<float>(sm_count))
-        && (rule.zeros || problem.quant_op != W4A16_GROUP_SCALE_ZERO) && (rule.k == 0 || problem.k <= rule.k);
+        && (rule.k == 0 || problem.k <= rule.k);
 }
 
 // Null where other tactics are better, or nothing fits.

@@ -190,7 +190,7 @@ w4a16_status check_pointers(const w4a16_norm_qkv_args &args, const Call &call) {
             }
         }
     }
-    return check_pointer(args.workspace, "workspace", 16);
+    return args.workspace == nullptr ? W4A16_OK : check_pointer(args.workspace, "workspace", 16);
 }
 
 fusion::Normalization normalization_of(const w4a16_norm_qkv_args &args, void *out) {
@@ -311,8 +311,9 @@ w4a16_status w4a16_norm_qkv(const w4a16_norm_qkv_args *args, void *given_stream)
         return status;
     }
     const std::size_t needed = call.rows_bytes + call.product_bytes + call.tactic_bytes;
-    if (args->workspace_bytes < needed) {
-        return fail(W4A16_ERROR_WORKSPACE, "workspace has %zu bytes, this call needs %zu", args->workspace_bytes, needed);
+    if (args->workspace == nullptr || args->workspace_bytes < needed) {
+        return fail(W4A16_ERROR_WORKSPACE, "workspace has %zu bytes, this call needs %zu",
+            args->workspace == nullptr ? std::size_t{0} : args->workspace_bytes, needed);
     }
     unsigned char *const rows = static_cast<unsigned char *>(args->workspace);
     unsigned char *const product = rows + call.rows_bytes;
