@@ -34,6 +34,8 @@ class Method:
     overlap_finalists: int = 3
     """So many tactics are timed properly, the fastest of a short pass over all, beside what the
     package takes and the best of each kind."""
+    near: float = 1.25
+    """Those of the fastest that took so much longer than the first of them are not timed again."""
     quick_launches: int = 10
     quick_launches_many_rows: int = 2
     quick_rounds: int = 3
@@ -191,10 +193,9 @@ class Bench:
             return runs, {}
         order = sorted(times, key=lambda i: times[i])
         chosen = finalists(
-            [runs[i] for i in order],
+            [(runs[i], times[i]) for i in order],
             auto,
-            plain=self._method.plain_finalists,
-            overlap=self._method.overlap_finalists,
+            self._method,
             everything=getattr(self._library, "everything", False),
         )
         best = times[order[0]]
@@ -359,22 +360,24 @@ class Bench:
 
 
 def finalists(
-    ranked: Sequence[Run], auto: str, *, plain: int, overlap: int, everything: bool
+    ranked: Sequence[tuple[Run, float]], auto: str, method: Method, *, everything: bool
 ) -> list[Run]:
-    """Of runs from the fastest to the slowest those that are timed properly.
+    """Of runs with their rough times, from the fastest to the slowest, those to time properly.
 
-    The fastest plain and overlapped ones; each of those with its counterpart; what ``auto`` takes;
-    the best of each kind.
+    The fastest plain and overlapped ones, as far as they are near to the first; each of those with
+    its counterpart; what ``auto`` takes; the best of each kind.
     """
     if everything:
-        return list(ranked)
-    names = [run.contender for run in ranked if not run.overlap][:plain]
-    names += [run.contender for run in ranked if run.overlap][:overlap]
+        return [run for run, _ in ranked]
+    wanted = {auto}
+    for overlap, most in ((False, method.plain_finalists), (True, method.overlap_finalists)):
+        mine = [(run.contender, us) for run, us in ranked if run.overlap == overlap]
+        wanted |= {name for name, us in mine[:most] if us <= method.near * mine[0][1]}
     kinds: dict[str, str] = {}
-    for run in ranked:
+    for run, _ in ranked:
         kinds.setdefault(run.kind, run.contender)
-    wanted = {*names, *kinds.values(), auto}
-    return [run for run in ranked if run.contender in wanted]
+    wanted |= set(kinds.values())
+    return [run for run, _ in ranked if run.contender in wanted]
 
 
 def _error(rows: Any, replay: Replay, i: int) -> float:

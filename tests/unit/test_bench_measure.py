@@ -163,6 +163,9 @@ US = {
 }
 
 
+RANKED = sorted(((run, US[run.label]) for run in TACTICS), key=lambda pair: pair[1])
+
+
 def bench(gpu: FakeGpu, peers: Sequence[FakePeer], auto: str = "gemm:y", **more: Any) -> Bench:
     made = Bench(
         gpu,
@@ -325,10 +328,22 @@ def test_samples_are_of_small_graphs_of_every_contender() -> None:
 
 
 def test_finalists_come_with_their_counterparts_and_everything_means_everything() -> None:
-    ranked = sorted(TACTICS, key=lambda run: US[run.label])
-    chosen = finalists(ranked, "gemm:y", plain=1, overlap=2, everything=False)
+    chosen = finalists(
+        RANKED, "gemm:y", Method(plain_finalists=1, overlap_finalists=2, near=2.0), everything=False
+    )
     assert {run.label for run in chosen} == set(US) - {"gemm:z", "cublas", "slow"}
-    assert finalists(ranked, "", plain=1, overlap=1, everything=True) == ranked
+    everything = finalists(RANKED, "", Method(plain_finalists=1), everything=True)
+    assert everything == [run for run, _ in RANKED]
+
+
+def test_who_was_not_near_in_the_short_pass_is_no_finalist() -> None:
+    def chosen(near: float) -> set[str]:
+        found = finalists(RANKED, "gemm:x", Method(near=near), everything=False)
+        return {run.contender for run in found}
+
+    # By rough times, of plain ones: a 5, b 6, gemv 7; of overlapped ones: a 4, b 5.5.
+    assert chosen(1.3) == {"decode:a", "decode:b", "gemv", "gemm:x"}
+    assert chosen(1.1) == {"decode:a", "gemv", "gemm:x"}, "the best of each kind stays"
 
 
 def test_jobs_of_a_weight_come_together_in_the_order_of_the_first() -> None:
@@ -373,6 +388,17 @@ def test_tactics_that_are_made_for_far_fewer_rows_are_not_tried() -> None:
     gemm = SimpleNamespace(kind="gemm", tile=(128, 16, 64))
     assert [m for m in (1, 8, 32, 33, 64) if hopeless(decode, m)] == [33, 64]
     assert [m for m in (16, 128, 256, 4096) if hopeless(gemm, m)] == [256, 4096]
+
+
+def test_the_largest_tiles_are_tried_with_any_number_of_rows() -> None:
+    tactics = [
+        SimpleNamespace(kind="gemm", tile=(128, 256, 64)),
+        SimpleNamespace(kind="gemm", tile=(128, 128, 64)),
+        SimpleNamespace(kind="decode", tile=(192, 128, 128)),
+    ]
+    # Or all others would be tried as well, because no tactic is left.
+    assert not any(hopeless(tactic, m) for tactic in tactics for m in (1, 1024, 4096, 1 << 20))
+    assert hopeless(SimpleNamespace(kind="gemm", tile=(128, 64, 64)), 1024)
 
 
 # ---- Clocks ----

@@ -15,8 +15,10 @@ from benchmarks.suite.weights import Rows, Weights
 
 #: Kinds of tactics that were extracted from TensorRT-LLM.
 UPSTREAM = ("gemm", "gemv")
-#: A decode tactic reads the weight once for each block of its tokens: more blocks than this lose.
+#: A decode tactic reads the weight once for each block of its tokens: more blocks than this lose …
 MOST_BLOCKS = 4
+#: … unless a block has so many of them, as the largest tiles have: no M is too large for those.
+MANY_TOKENS = 128
 
 
 class Library:
@@ -149,6 +151,8 @@ class Library:
 def hopeless(tactic: Any, m: int) -> bool:
     """Whether M is far from what a tactic is made for."""
     tokens = tactic.tile[1] if len(tactic.tile) > 1 else 0
+    if tokens >= MANY_TOKENS:
+        return False
     if tactic.kind == "decode" and tokens:
         return m > MOST_BLOCKS * tokens
     return tactic.kind == "gemm" and m >= 16 * max(tokens, 16)
