@@ -99,6 +99,28 @@ def test_peers_that_do_not_take_part_are_named_with_the_reason() -> None:
     assert not {"cublas", "gemlite", "tensorrt_llm"} & {peer.name for peer in found}
 
 
+def test_a_peer_whose_compiler_lost_its_executable_bit_says_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "humming" / "_native" / "x86_64" / "nvrtc_compile"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o644)
+    for module in ("__init__.py", "layer.py"):
+        (tmp_path / "humming" / module).write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        found, said = run.taking_part(run.parse(["--without", "cublas", "--without", "tinygemm"]))
+        assert "humming" not in {peer.name for peer in found}
+        assert f"chmod +x {program}, or pip install humming-kernels" in said["humming"]
+        program.chmod(0o755)
+        _, said = run.taking_part(run.parse([]))
+        assert said["humming"] == "unknown version"
+    finally:
+        for module in [name for name in sys.modules if name.partition(".")[0] == "humming"]:
+            del sys.modules[module]
+
+
 def test_without_a_compiler_there_is_no_floor_and_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
