@@ -31,6 +31,8 @@ from benchmarks.suite.results import CaseResult, Read, Result
 
 #: Seconds after which the short set stops, its reports still to be written.
 SHORT_LIMIT = 165.0
+#: Why the cases after a lost GPU are left out.
+LOST = "the GPU was lost"
 #: Seconds that a peer's preparing, compiling and tuning may take in all.
 PEER_LIMIT, SHORT_PEER_LIMIT = 900.0, 120.0
 
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     if old is not None:
         print(compare.text(old, result))
     print(f"{len(result.cases)} cases in {time.monotonic() - begin:.0f} s", flush=True)
+    if any(text.endswith(f": {LOST}") for text in result.left_out):
+        return 1
     return 1 if report.wrong(result) or not result.cases else 0
 
 
@@ -219,7 +223,7 @@ class _Session:
                 self._notes.append(f"{error}: everything after it is missing")
                 done = {case.case for case in self._result.cases}
                 rest = [job.case for _, others in groups[place:] for job in others]
-                left += [f"{case}: the GPU was lost" for case in rest if case not in done]
+                left += [f"{case}: {LOST}" for case in rest if case not in done]
                 break
             self._keep(left)
         return self._keep(left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.suite import report, run, suites
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.errors import Missing, UsageError
 from benchmarks.suite.floor import build
+from benchmarks.suite.results import Result
 
 from .bench_results import result
 
@@ -161,3 +163,39 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_limits_must_be_sensible() -> None:
     with pytest.raises(UsageError):
         run.parse(["--limit", "0"])
+
+
+GOOD = result()
+FAILED = replace(GOOD.cases[0].lines[1], status="failed", note="CUDA error 719", burst=None)
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (GOOD, 0),
+        (replace(GOOD, cases=()), 1),
+        (replace(GOOD, left_out=(f"4096x4096:g128:m1: {run.LOST}",)), 1),
+        (replace(GOOD, cases=(replace(GOOD.cases[0], lines=(FAILED,)),)), 1),
+        (replace(GOOD, cases=(replace(GOOD.cases[0], lines=GOOD.cases[0].lines[2:]),)), 0),
+    ],
+    ids=["measured", "nothing measured", "GPU lost", "tactic failed", "peer failed"],
+)
+def test_the_exit_code_says_whether_all_tactics_ran(
+    found: Result, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run", lambda *given: found)
+    assert main(["--short", "--no-plots", "--out", str(tmp_path)]) == code
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_a_run_is_compared_with_what_its_folder_held_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = report.write_json(replace(GOOD, made={"date": "2024-02-03"}), tmp_path)
+    monkeypatch.setattr(run, "run", lambda *given: GOOD)
+    arguments = ["--short", "--no-plots", "--out", str(tmp_path), "--compare", str(old)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "compared with 2024-02-03: new over old" in said
+    assert "nothing differs beyond its noise" in said
+    assert said.splitlines()[-1].startswith("16 cases in")
