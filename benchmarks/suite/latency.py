@@ -15,41 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.cases import Case, Job
-from benchmarks.suite.stats import deviation, quantile
+from benchmarks.suite.report import put
+from benchmarks.suite.stats import Summary, summary
 
 LAUNCHES = 4
 _HEADS = ("avg", "min", "max", "std", "P50", "P90", "P95", "P99")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distribution:
+class Distribution(Summary):
     """Microseconds of a launch."""
 
     contender: str
     samples: int
-    avg: float
-    min: float
-    max: float
-    std: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
 
     @classmethod
     def of(cls, contender: str, us: Sequence[float]) -> Distribution:
-        return cls(
-            contender=contender,
-            samples=len(us),
-            avg=sum(us) / len(us),
-            min=min(us),
-            max=max(us),
-            std=deviation(us),
-            p50=quantile(us, 0.5),
-            p90=quantile(us, 0.9),
-            p95=quantile(us, 0.95),
-            p99=quantile(us, 0.99),
-        )
+        return cls(contender=contender, samples=len(us), **asdict(summary(us)))
 
 
 def main(options: argparse.Namespace, case: Case, command: str) -> int:
@@ -128,6 +110,5 @@ def markdown(case: Case, auto: str, found: Sequence[Distribution], notes: Sequen
 
 
 def write(folder: Path, content: dict[str, Any], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "latency.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    (folder / "latency.md").write_text(text, encoding="utf-8")
+    put(folder / "latency.json", json.dumps(content) + "\n")
+    put(folder / "latency.md", text)

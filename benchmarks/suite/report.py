@@ -51,11 +51,11 @@ def write(result: Result, folder: Path, *, plots: bool = True) -> list[Path]:
 
 
 def write_json(result: Result, folder: Path) -> Path:
-    return _put(folder / "result.json", results.dumps(result))
+    return put(folder / "result.json", results.dumps(result))
 
 
 def write_text(result: Result, folder: Path) -> Path:
-    return _put(folder / "report.md", markdown(result))
+    return put(folder / "report.md", markdown(result))
 
 
 def _plots(result: Result, folder: Path, none: bool) -> list[Path]:
@@ -70,7 +70,7 @@ def _plots(result: Result, folder: Path, none: bool) -> list[Path]:
         return []
 
 
-def _put(path: Path, text: str) -> Path:
+def put(path: Path, text: str) -> Path:
     """Through a temporary file: a reader, or a run that is killed, never leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
