@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.suite import environment
 from benchmarks.suite.contenders.base import brief
-from benchmarks.suite.errors import Missing, ResultError
+from benchmarks.suite.errors import Missing, ResultError, UsageError
 from benchmarks.suite.report import put
 from benchmarks.suite.stats import Summary, summary
 
@@ -457,6 +457,18 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="JSON", help="only make the page anew")
     options = parser.parse_args(arguments)
     options.widths = options.widths or list(WIDTHS)
+    if options.hidden < GROUP or options.hidden % GROUP:
+        raise UsageError(f"--hidden {options.hidden}: expected a multiple of {GROUP}")
+    for widths in options.widths:
+        if len(widths) != 3 or any(n < 8 or n % 8 for n in widths):
+            given = ",".join(map(str, widths))
+            raise UsageError(f"--widths {given}: expected three multiples of 8, of Q, K and V")
+    if min(options.rows) < 1:
+        raise UsageError(f"--rows {','.join(map(str, options.rows))}: expected numbers above 0")
+    if options.replays < 1 or options.rounds < 1:
+        raise UsageError("--replays and --rounds must be above 0")
+    if not options.limit > 0:
+        raise UsageError(f"--limit {options.limit:g}: expected seconds above 0")
     return options
 
 
@@ -506,7 +518,11 @@ def draw(result: Result, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Missing(f"matplotlib cannot be imported ({error})") from None
+        raise Missing(
+            f"matplotlib cannot be imported ({error}); on a machine that has it:"
+            f" python -m benchmarks.fusion --report {path.with_name('fusion.json')}"
+            f" --out {path.parent}"
+        ) from None
     sets = list(dict.fromkeys(row.widths for row in result.rows))
     figure: Any = Figure(figsize=(6.5 * max(1, len(sets)), 5), layout="constrained")
     for place, widths in enumerate(sets, 1):

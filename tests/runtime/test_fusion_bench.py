@@ -91,6 +91,24 @@ def test_a_file_that_no_run_wrote_is_refused_in_one_line(
     assert f"{stored}: {why}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--hidden", "100"], "--hidden 100: expected a multiple of 128"),
+        (["--widths", "4096"], "--widths 4096: expected three"),
+        (["--widths", "4096,1024,1001"], "multiples of 8"),
+        (["--rows", "1,0"], "--rows 1,0: expected numbers above 0"),
+        (["--rounds", "0"], "--replays and --rounds"),
+        (["--limit", "nan"], "--limit nan: expected seconds above 0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_any_work(
+    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert suite(["--suite", "fusion", *arguments]) == 2
+    assert why in capsys.readouterr().err
+
+
 def test_the_exit_code_tells_of_what_this_library_could_not_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import host_time
 from benchmarks.suite import report, run, suites
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.errors import Missing, UsageError
@@ -199,3 +200,13 @@ def test_a_run_is_compared_with_what_its_folder_held_before(
     assert "compared with 2024-02-03: new over old" in said
     assert "nothing differs beyond its noise" in said
     assert said.splitlines()[-1].startswith("16 cases in")
+
+
+def test_host_time_says_in_one_line_why_it_cannot_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert host_time.main([str(tmp_path / "none.so")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "none.so" in said
+    assert said.count("\n") == 1
