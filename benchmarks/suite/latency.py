@@ -67,8 +67,9 @@ def main(options: argparse.Namespace, case: Case, command: str) -> int:
             say=said.append,
         )
         bench.use(Weights(torch, case.weight, gpu.l2_bytes))
-        samples, auto, notes = bench.samples(case, LAUNCHES, options.samples)
+        samples, auto, lines = bench.samples(case, LAUNCHES, options.samples)
         described = environment.describe(gpu, clocks)
+    notes = said + [f"{o.label}: {o.status}: {o.note}" for o in lines if o.status != "ok" or o.note]
     found = [Distribution.of(name, times.us) for name, times in samples.items()]
     found.sort(key=lambda one: one.p50)
     content = {
@@ -80,14 +81,14 @@ def main(options: argparse.Namespace, case: Case, command: str) -> int:
         "launches_in_a_sample": LAUNCHES,
         "environment": described,
         "contenders": versions,
-        "notes": said + notes,
+        "notes": notes,
         "distributions": [asdict(one) for one in found],
         "samples_us": {name: [round(us, 3) for us in times.us] for name, times in samples.items()},
     }
-    text = markdown(case, auto, found, said + notes)
+    text = markdown(case, auto, found, notes)
     write(options.out, content, text)
     print(text)
-    return 0 if found else 1
+    return 1 if not found or any(line.broken for line in lines) else 0
 
 
 def markdown(case: Case, auto: str, found: Sequence[Distribution], notes: Sequence[str]) -> str:

@@ -135,20 +135,16 @@ class Bench:
 
     def samples(
         self, case: Case, launches: int, count: int
-    ) -> tuple[dict[str, Times], str, list[str]]:
-        """Times of many small graphs of each contender, what the package takes, and who is not
-        there."""
+    ) -> tuple[dict[str, Times], str, list[Line]]:
+        """Times of many small graphs of each contender, what the package takes, and everybody's
+        line, without times."""
         rows = self._rows(self._weights, case.m)
         auto, _ = self._auto(case)
         chosen, _ = self._short_pass(case, rows, auto)
         entrants = self._started(rows, chosen)
         for peer in self._peers:
             entrants += self._peer(peer, rows)
-        notes = [
-            f"{entrant.line.label}: {entrant.line.status}: {entrant.line.note}"
-            for entrant in entrants
-            if entrant.replay is None or entrant.line.note
-        ]
+        lines = [entrant.line for entrant in entrants]
         small: dict[str, Replay] = {}
         try:
             for entrant in entrants:
@@ -161,9 +157,9 @@ class Bench:
                 else:
                     small[entrant.line.label] = self._gpu.eager(entrant.run.launch, launches)
             if not small:
-                return {}, auto, notes
+                return {}, auto, lines
             times = self._gpu.rounds(list(small.values()), count, self._method.warm)
-            return dict(zip(small, times, strict=True)), auto, notes
+            return dict(zip(small, times, strict=True)), auto, lines
         finally:
             for replay in (*small.values(), *(e.replay for e in entrants if e.replay)):
                 replay.close()

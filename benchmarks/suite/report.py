@@ -85,7 +85,7 @@ def wrong(result: Result) -> list[str]:
         f"{case.case}: {line.label}: {line.note}"
         for case in result.cases
         for line in case.lines
-        if line.status in ("wrong", "failed") and line.role != "peer"
+        if line.broken
     ]
 
 

@@ -319,11 +319,15 @@ def test_every_graph_is_closed() -> None:
 def test_samples_are_of_small_graphs_of_every_contender() -> None:
     gpu = FakeGpu(US)
     peers = [FakePeer("cublas"), FakePeer("missing", fails=Missing("not here"))]
-    found, auto, notes = bench(gpu, peers).samples(Case(WEIGHT, 1), 4, 25)
+    found, auto, lines = bench(gpu, peers).samples(Case(WEIGHT, 1), 4, 25)
     assert auto == "gemm:y"
     assert found["decode:a + overlap"] == Times((4.0,) * 25)
     assert found["cublas"].median == 13.0
-    assert notes == ["missing: left out: not here"]
+    absent = [line for line in lines if line.status != "ok"]
+    assert [(line.label, line.status, line.note) for line in absent] == [
+        ("missing", "left out", "not here")
+    ]
+    assert not any(line.broken for line in lines)
     assert all(replay.closed for replay in gpu.replays)
 
 
