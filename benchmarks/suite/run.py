@@ -165,7 +165,6 @@ class _Session:
         gpu: Any,
         clocks: Any,
     ) -> None:
-        from benchmarks.suite.contenders import binding
         from benchmarks.suite.contenders.library import Library
         from benchmarks.suite.environment import describe
         from benchmarks.suite.weights import Rows
@@ -179,8 +178,6 @@ class _Session:
         library = Library(gpu.device, gpu.handle, everything=options.all_tactics)
         taking, said = taking_part(options)
         self._peers = taking
-        if reason := binding.why_no_overlap(_loaded_library()):
-            self._notes.append(f"no dependent launch: {reason}")
         if clocks.problem:
             self._notes.append(clocks.problem)
         default = SHORT_PEER_LIMIT if options.short else PEER_LIMIT
@@ -305,12 +302,6 @@ class _Session:
         took = time.monotonic() - since
         print(f"{time.monotonic() - self._begin:6.1f} s  {took:5.1f} s  {weight}", flush=True)
         return left
-
-
-def _loaded_library() -> Any:
-    from w4a16.library import LIBRARY
-
-    return LIBRARY
 
 
 def _quietly(peer: Contender, jobs: list[Job]) -> None:

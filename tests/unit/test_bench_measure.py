@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks.suite.cases import Case, Job, Weight
 from benchmarks.suite.clocks import Clocks
-from benchmarks.suite.contenders import binding
 from benchmarks.suite.contenders.base import Run
 from benchmarks.suite.contenders.library import hopeless
 from benchmarks.suite.errors import Lost, Missing
@@ -358,33 +357,7 @@ def test_jobs_of_a_weight_come_together_in_the_order_of_the_first() -> None:
     assert [job.case.m for job in groups[0][1]] == [1, 2]
 
 
-# ---- The binding ----
-
-
-def test_overlap_is_asked_for_as_the_binding_offers_it() -> None:
-    def plain(tactic: int, stream: int) -> None: ...
-    def flags(tactic: int, stream: int, flags: int = 0) -> None: ...
-    def overlap(tactic: int, stream: int, *, overlap: bool = False) -> None: ...
-
-    assert binding.overlap_arguments(plain) is None
-    assert binding.overlap_arguments(flags) == {"flags": 1}
-    assert binding.overlap_arguments(overlap) == {"overlap": True}
-
-
-def test_without_overlap_the_reason_is_told() -> None:
-    def flags(tactic: int, flags: int = 0) -> None: ...
-    def plain(tactic: int) -> None: ...
-
-    decode, gemv = SimpleNamespace(kind="decode"), SimpleNamespace(kind="gemv")
-
-    def library(version: int, run: Any, *tactics: Any) -> Any:
-        return SimpleNamespace(build=SimpleNamespace(api_version=version), run=run, tactics=tactics)
-
-    assert "version 2" in binding.why_no_overlap(library(2, flags, decode))
-    assert "flags" in binding.why_no_overlap(library(3, plain, decode))
-    assert "no tactic" in binding.why_no_overlap(library(3, flags, gemv))
-    assert binding.why_no_overlap(library(3, flags, gemv, decode)) == ""
-    assert not binding.overlaps(SimpleNamespace(kind="decode", overlap=False))
+# ---- Which tactics are tried ----
 
 
 def test_tactics_that_are_made_for_far_fewer_rows_are_not_tried() -> None:
