@@ -80,7 +80,8 @@ def test_package(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Time every tactic, the floor and the peers on this GPU (-- --short; -- --help)."""
-    extras = "bench,package" if "--no-peers" in session.posargs else "bench,package,peers"
+    alone = {"--no-peers", "--suite=fusion", "fusion"} & set(session.posargs)
+    extras = "bench,package" if alone else "bench,package,peers"
     session.install("-e", f".[{extras}]")
     session.run("python", "-m", "benchmarks.suite", *session.posargs)
 

@@ -19,10 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.suite import environment
-from benchmarks.suite.errors import Missing
+from benchmarks.suite.contenders.base import brief
+from benchmarks.suite.errors import Missing, ResultError, UsageError
+from benchmarks.suite.report import put
+from benchmarks.suite.stats import Summary, summary
 
 SCHEMA = 1
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -45,20 +46,8 @@ ALONE, NORM_THEN_OURS = "QKV product alone", "(a) layer_norm + our QKV product"
 NORM_THEN_PLAIN, FUSED_PLAIN = "(b) layer_norm + gptq:plain", "fused gptq:plain"
 PLAIN_ALONE = "gptq:plain alone"
 FP16, COMPILED = "(c) layer_norm + FP16 matmul", "(c) the same, compiled"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Times:
-    """Microseconds of a call."""
-
-    avg: float
-    min: float
-    max: float
-    std: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
+#: Those in which this library has no part.
+OTHERS = (FP16, COMPILED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +60,8 @@ class Row:
     contender: str
     error: float | None
     """Relative, Frobenius, against float64."""
-    times: Times | None
+    times: Summary | None
+    """Microseconds of a call."""
     note: str = ""
 
 
@@ -92,36 +82,20 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> Result:
-        data = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema is {data.get('schema')!r}: expected {SCHEMA}")
-        data["rows"] = [
-            Row(
-                **{
-                    **row,
-                    "widths": tuple(row["widths"]),
-                    "times": None if row["times"] is None else Times(**row["times"]),
-                }
-            )
-            for row in data["rows"]
-        ]
-        return cls(**data)
+        """Raises :class:`ResultError` for what no run of this program wrote."""
+        try:
+            data = json.loads(text)
+            found = data.get("schema")
+            if found == SCHEMA:
+                return cls(**{**data, "rows": [_row(row) for row in data["rows"]]})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ResultError(f"no result of this program: {brief(error)}") from None
+        raise ResultError(f"schema is {found!r}, expected {SCHEMA}: take the program that wrote it")
 
 
-def times_of(samples: Sequence[float]) -> Times:
-    """Of microseconds."""
-    array = np.asarray(samples, np.float64)
-    p50, p90, p95, p99 = (float(np.percentile(array, p)) for p in (50, 90, 95, 99))
-    return Times(
-        avg=float(array.mean()),
-        min=float(array.min()),
-        max=float(array.max()),
-        std=float(array.std()),
-        p50=p50,
-        p90=p90,
-        p95=p95,
-        p99=p99,
-    )
+def _row(data: dict[str, Any]) -> Row:
+    times = None if data["times"] is None else Summary(**data["times"])
+    return Row(**{**data, "widths": tuple(data["widths"]), "times": times})
 
 
 # ---- The report ----
@@ -432,11 +406,11 @@ def _timed(case: Case, m: int, options: argparse.Namespace) -> list[Row]:
                 notes[name] = f"wrong: relative error {errors[name]:.1e}"
                 continue
             weights = (
-                [w for w in case.weights if w.half is not None] if "(c)" in name else case.weights
+                [w for w in case.weights if w.half is not None] if name in OTHERS else case.weights
             )
             graphs[name] = _Graph(call, weights, count)
         except Exception as reason:  # a contender that fails is a line, not the end of the run
-            notes[name] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:100]}"
+            notes[name] = brief(reason)
     samples: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(options.rounds):
         for name, graph in graphs.items():
@@ -448,7 +422,7 @@ def _timed(case: Case, m: int, options: argparse.Namespace) -> list[Row]:
             m=m,
             contender=name,
             error=errors.get(name),
-            times=times_of(samples[name]) if name in samples else None,
+            times=summary(samples[name]) if name in samples else None,
             note=notes.get(name, ""),
         )
         for name in dict.fromkeys([*errors, *notes])
@@ -483,13 +457,25 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="JSON", help="only make the page anew")
     options = parser.parse_args(arguments)
     options.widths = options.widths or list(WIDTHS)
+    if options.hidden < GROUP or options.hidden % GROUP:
+        raise UsageError(f"--hidden {options.hidden}: expected a multiple of {GROUP}")
+    for widths in options.widths:
+        if len(widths) != 3 or any(n < 8 or n % 8 for n in widths):
+            given = ",".join(map(str, widths))
+            raise UsageError(f"--widths {given}: expected three multiples of 8, of Q, K and V")
+    if min(options.rows) < 1:
+        raise UsageError(f"--rows {','.join(map(str, options.rows))}: expected numbers above 0")
+    if options.replays < 1 or options.rounds < 1:
+        raise UsageError("--replays and --rounds must be above 0")
+    if not options.limit > 0:
+        raise UsageError(f"--limit {options.limit:g}: expected seconds above 0")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     if options.report is not None:
-        result = Result.from_json(options.report.read_text(encoding="utf-8"))
+        result = load(options.report)
     else:
         environment.find_library()
         environment.load_torch()
@@ -499,15 +485,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = run(options)
         except (W4A16Error, ImportError) as reason:
             raise Missing(f"cannot run: {reason}") from reason
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "fusion.json").write_text(result.as_json(), encoding="utf-8")
-    (options.out / "fusion.md").write_text(markdown(result), encoding="utf-8")
+    put(options.out / "fusion.json", result.as_json())
+    put(options.out / "fusion.md", markdown(result))
     try:
         draw(result, options.out / "fusion.png")
     except Missing as reason:
         print(f"not drawn: {reason}", file=sys.stderr)
-    print("\n".join(line for line in markdown(result).splitlines() if "old" in line[:20]))
-    return 0
+    for widths in dict.fromkeys(row.widths for row in result.rows):
+        print(f"widths {' + '.join(map(str, widths))}")
+        rows = [row for row in result.rows if row.widths == widths]
+        print("\n".join(f"  {line}" for line in verdicts(rows) if line))
+    return 1 if failed(result) or not result.rows else 0
+
+
+def load(path: Path) -> Result:
+    """The result in a file; raises :class:`ResultError`."""
+    try:
+        return Result.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path} cannot be read: {error}") from None
+    except ResultError as error:
+        raise ResultError(f"{path}: {error}") from None
+
+
+def failed(result: Result) -> list[Row]:
+    """Rows of this library that were wrong, or did not run."""
+    return [row for row in result.rows if row.times is None and row.contender not in OTHERS]
 
 
 def draw(result: Result, path: Path) -> None:
@@ -515,7 +518,11 @@ def draw(result: Result, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Missing(f"matplotlib cannot be imported ({error})") from None
+        raise Missing(
+            f"matplotlib cannot be imported ({error}); on a machine that has it:"
+            f" python -m benchmarks.fusion --report {path.with_name('fusion.json')}"
+            f" --out {path.parent}"
+        ) from None
     sets = list(dict.fromkeys(row.widths for row in result.rows))
     figure: Any = Figure(figsize=(6.5 * max(1, len(sets)), 5), layout="constrained")
     for place, widths in enumerate(sets, 1):

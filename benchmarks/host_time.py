@@ -1,7 +1,7 @@
 """Host time of a launch.
 
 python -m benchmarks.host_time [LIBRARY]            (needs a GPU and libcudart; no torch)
-python -m benchmarks.host_time --torch [LIBRARY]    (needs a GPU, torch and the package in runtime/)
+python -m benchmarks.host_time --torch [LIBRARY]    (needs a GPU and torch)
 
 The first prints, for each tactic, microseconds of the first call (loading and decompressing its
 code included, until the kernel has finished) and the median of later calls (until the call
@@ -20,12 +20,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.cuda import Cuda
-from tests.gpu.library import Library, find_library
+from benchmarks.suite import environment
+from benchmarks.suite.errors import BenchError
+from tests.gpu.cuda import Cuda, CudaError
+from tests.gpu.library import Library, LibraryNotFoundError, find_library
 from tests.gpu.sanitize import Buffers, launches
 
 _CALLS = 200
@@ -34,13 +36,17 @@ _N, _K, _GROUP = 1024, 1024, 128
 _IN_GRAPH = 100
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("library", type=Path, nargs="?", default=None)
     parser.add_argument("--torch", action="store_true", help="calls through the Python package")
-    options = parser.parse_args()
-    path = options.library or find_library()
-    return _with_torch(path) if options.torch else _with_ctypes(path)
+    options = parser.parse_args(arguments)
+    try:
+        path = options.library or find_library()
+        return _with_torch(path) if options.torch else _with_ctypes(path)
+    except (BenchError, CudaError, LibraryNotFoundError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _with_ctypes(path: Path) -> int:
@@ -48,7 +54,7 @@ def _with_ctypes(path: Path) -> int:
     cuda.synchronize()  # the context is not what is measured
     seen: set[tuple[str, str]] = set()
     firsts: list[float] = []
-    laters: list[tuple[float, str]] = []
+    laters: dict[str, list[float]] = {}
     for launch in launches(library, cuda, "", 1):
         key = (launch.tactic.name, launch.operands.quant_op.label)
         if key in seen:
@@ -67,23 +73,24 @@ def _with_ctypes(path: Path) -> int:
             cuda.synchronize()
         later = statistics.median(times)
         firsts.append(first)
-        laters.append((later, launch.tactic.name))
+        laters.setdefault(launch.tactic.kind, []).append(later)
         print(f"{key[0]:<26} {key[1]:<17} first {first:9.0f} us   later {later:6.1f} us")
         buffers.free()
     compress = library.build()["compress"]
+    kinds = ", ".join(f"{kind} {statistics.median(us):.1f} us" for kind, us in laters.items())
     print(
         f"{path.stat().st_size:,} bytes, compress {compress}: first launch median "
         f"{statistics.median(firsts):.0f} us, first of all {firsts[0]:.0f} us, sum "
-        f"{sum(firsts) / 1000:.0f} ms of {len(firsts)}; later launches GEMM "
-        f"{statistics.median(t for t, n in laters if n != 'gemv'):.1f} us, GEMV "
-        f"{statistics.median([t for t, n in laters if n == 'gemv'] or [0.0]):.1f} us"
+        f"{sum(firsts) / 1000:.0f} ms of {len(firsts)}; later launches, medians: "
+        f"{kinds}"
     )
     return 0
 
 
 def _with_torch(path: Path) -> int:
     os.environ["W4A16_LIBRARY"] = str(path)
-    import torch
+    environment.find_library()
+    torch = environment.load_torch()
     from w4a16.library import LIBRARY
 
     def empty() -> None:

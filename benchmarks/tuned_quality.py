@@ -26,6 +26,7 @@ from unittest import mock
 
 from w4a16 import tactics
 from w4a16.cache import ENVIRONMENT
+from w4a16.errors import W4A16Error
 from w4a16.library import LIBRARY, Problem, QuantOp
 from w4a16.tables import BUCKETS, Case
 from w4a16.timing import Timer, current_device
@@ -58,8 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", type=int, default=None, help="only the first so many (N, K)")
     parser.add_argument("--out", type=Path, default=None, help="a file for all times, as JSON")
     given = parser.parse_args(arguments)
+    if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     begin = time.monotonic()
-    device = current_device()
+    try:
+        device = current_device()
+        LIBRARY.check_device(device)
+    except W4A16Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"{LIBRARY.device(device).name}, {state()}", flush=True)
     with (
         tempfile.TemporaryDirectory(prefix="w4a16-") as folder,

@@ -15,41 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.cases import Case, Job
-from benchmarks.suite.stats import deviation, quantile
+from benchmarks.suite.report import put
+from benchmarks.suite.stats import Summary, summary
 
 LAUNCHES = 4
 _HEADS = ("avg", "min", "max", "std", "P50", "P90", "P95", "P99")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distribution:
+class Distribution(Summary):
     """Microseconds of a launch."""
 
     contender: str
     samples: int
-    avg: float
-    min: float
-    max: float
-    std: float
-    p50: float
-    p90: float
-    p95: float
-    p99: float
 
     @classmethod
     def of(cls, contender: str, us: Sequence[float]) -> Distribution:
-        return cls(
-            contender=contender,
-            samples=len(us),
-            avg=sum(us) / len(us),
-            min=min(us),
-            max=max(us),
-            std=deviation(us),
-            p50=quantile(us, 0.5),
-            p90=quantile(us, 0.9),
-            p95=quantile(us, 0.95),
-            p99=quantile(us, 0.99),
-        )
+        return cls(contender=contender, samples=len(us), **asdict(summary(us)))
 
 
 def main(options: argparse.Namespace, case: Case, command: str) -> int:
@@ -85,8 +67,9 @@ def main(options: argparse.Namespace, case: Case, command: str) -> int:
             say=said.append,
         )
         bench.use(Weights(torch, case.weight, gpu.l2_bytes))
-        samples, auto, notes = bench.samples(case, LAUNCHES, options.samples)
+        samples, auto, lines = bench.samples(case, LAUNCHES, options.samples)
         described = environment.describe(gpu, clocks)
+    notes = said + [f"{o.label}: {o.status}: {o.note}" for o in lines if o.status != "ok" or o.note]
     found = [Distribution.of(name, times.us) for name, times in samples.items()]
     found.sort(key=lambda one: one.p50)
     content = {
@@ -98,14 +81,14 @@ def main(options: argparse.Namespace, case: Case, command: str) -> int:
         "launches_in_a_sample": LAUNCHES,
         "environment": described,
         "contenders": versions,
-        "notes": said + notes,
+        "notes": notes,
         "distributions": [asdict(one) for one in found],
         "samples_us": {name: [round(us, 3) for us in times.us] for name, times in samples.items()},
     }
-    text = markdown(case, auto, found, said + notes)
+    text = markdown(case, auto, found, notes)
     write(options.out, content, text)
     print(text)
-    return 0 if found else 1
+    return 1 if not found or any(line.broken for line in lines) else 0
 
 
 def markdown(case: Case, auto: str, found: Sequence[Distribution], notes: Sequence[str]) -> str:
@@ -128,6 +111,5 @@ def markdown(case: Case, auto: str, found: Sequence[Distribution], notes: Sequen
 
 
 def write(folder: Path, content: dict[str, Any], text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "latency.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    (folder / "latency.md").write_text(text, encoding="utf-8")
+    put(folder / "latency.json", json.dumps(content) + "\n")
+    put(folder / "latency.md", text)

@@ -34,6 +34,8 @@ class Method:
     overlap_finalists: int = 3
     """So many tactics are timed properly, the fastest of a short pass over all, beside what the
     package takes and the best of each kind."""
+    near: float = 1.25
+    """Those of the fastest that took so much longer than the first of them are not timed again."""
     quick_launches: int = 10
     quick_launches_many_rows: int = 2
     quick_rounds: int = 3
@@ -133,20 +135,16 @@ class Bench:
 
     def samples(
         self, case: Case, launches: int, count: int
-    ) -> tuple[dict[str, Times], str, list[str]]:
-        """Times of many small graphs of each contender, what the package takes, and who is not
-        there."""
+    ) -> tuple[dict[str, Times], str, list[Line]]:
+        """Times of many small graphs of each contender, what the package takes, and everybody's
+        line, without times."""
         rows = self._rows(self._weights, case.m)
         auto, _ = self._auto(case)
         chosen, _ = self._short_pass(case, rows, auto)
         entrants = self._started(rows, chosen)
         for peer in self._peers:
             entrants += self._peer(peer, rows)
-        notes = [
-            f"{entrant.line.label}: {entrant.line.status}: {entrant.line.note}"
-            for entrant in entrants
-            if entrant.replay is None or entrant.line.note
-        ]
+        lines = [entrant.line for entrant in entrants]
         small: dict[str, Replay] = {}
         try:
             for entrant in entrants:
@@ -159,9 +157,9 @@ class Bench:
                 else:
                     small[entrant.line.label] = self._gpu.eager(entrant.run.launch, launches)
             if not small:
-                return {}, auto, notes
+                return {}, auto, lines
             times = self._gpu.rounds(list(small.values()), count, self._method.warm)
-            return dict(zip(small, times, strict=True)), auto, notes
+            return dict(zip(small, times, strict=True)), auto, lines
         finally:
             for replay in (*small.values(), *(e.replay for e in entrants if e.replay)):
                 replay.close()
@@ -191,10 +189,9 @@ class Bench:
             return runs, {}
         order = sorted(times, key=lambda i: times[i])
         chosen = finalists(
-            [runs[i] for i in order],
+            [(runs[i], times[i]) for i in order],
             auto,
-            plain=self._method.plain_finalists,
-            overlap=self._method.overlap_finalists,
+            self._method,
             everything=getattr(self._library, "everything", False),
         )
         best = times[order[0]]
@@ -359,22 +356,24 @@ class Bench:
 
 
 def finalists(
-    ranked: Sequence[Run], auto: str, *, plain: int, overlap: int, everything: bool
+    ranked: Sequence[tuple[Run, float]], auto: str, method: Method, *, everything: bool
 ) -> list[Run]:
-    """Of runs from the fastest to the slowest those that are timed properly.
+    """Of runs with their rough times, from the fastest to the slowest, those to time properly.
 
-    The fastest plain and overlapped ones; each of those with its counterpart; what ``auto`` takes;
-    the best of each kind.
+    The fastest plain and overlapped ones, as far as they are near to the first; each of those with
+    its counterpart; what ``auto`` takes; the best of each kind.
     """
     if everything:
-        return list(ranked)
-    names = [run.contender for run in ranked if not run.overlap][:plain]
-    names += [run.contender for run in ranked if run.overlap][:overlap]
+        return [run for run, _ in ranked]
+    wanted = {auto}
+    for overlap, most in ((False, method.plain_finalists), (True, method.overlap_finalists)):
+        mine = [(run.contender, us) for run, us in ranked if run.overlap == overlap]
+        wanted |= {name for name, us in mine[:most] if us <= method.near * mine[0][1]}
     kinds: dict[str, str] = {}
-    for run in ranked:
+    for run, _ in ranked:
         kinds.setdefault(run.kind, run.contender)
-    wanted = {*names, *kinds.values(), auto}
-    return [run for run in ranked if run.contender in wanted]
+    wanted |= set(kinds.values())
+    return [run for run, _ in ranked if run.contender in wanted]
 
 
 def _error(rows: Any, replay: Replay, i: int) -> float:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.suite import results, tables
-from benchmarks.suite.errors import BenchError, Missing
+from benchmarks.suite.cases import Case, Weight, parse
+from benchmarks.suite.errors import BenchError, Missing, UsageError
 from benchmarks.suite.results import MODES, CaseResult, Mode, Result
 from benchmarks.suite.tables import Mean, Pick
 
@@ -50,11 +51,11 @@ def write(result: Result, folder: Path, *, plots: bool = True) -> list[Path]:
 
 
 def write_json(result: Result, folder: Path) -> Path:
-    return _put(folder / "result.json", results.dumps(result))
+    return put(folder / "result.json", results.dumps(result))
 
 
 def write_text(result: Result, folder: Path) -> Path:
-    return _put(folder / "report.md", markdown(result))
+    return put(folder / "report.md", markdown(result))
 
 
 def _plots(result: Result, folder: Path, none: bool) -> list[Path]:
@@ -69,7 +70,7 @@ def _plots(result: Result, folder: Path, none: bool) -> list[Path]:
         return []
 
 
-def _put(path: Path, text: str) -> Path:
+def put(path: Path, text: str) -> Path:
     """Through a temporary file: a reader, or a run that is killed, never leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -79,12 +80,12 @@ def _put(path: Path, text: str) -> Path:
 
 
 def wrong(result: Result) -> list[str]:
-    """What of this library gave wrong results."""
+    """What of this library gave wrong results, or failed."""
     return [
         f"{case.case}: {line.label}: {line.note}"
         for case in result.cases
         for line in case.lines
-        if line.status == "wrong" and line.role != "peer"
+        if line.broken
     ]
 
 
@@ -95,7 +96,7 @@ def markdown(result: Result) -> str:
     parts = [f"# {result.environment.get('device', 'a GPU')}: {result.suite}"]
     parts += [_head(result), _method(result)]
     if bad := wrong(result):
-        parts.append("**Wrong results:**\n\n" + "\n".join(f"- {line}" for line in bad))
+        parts.append("**Wrong or failed:**\n\n" + "\n".join(f"- {line}" for line in bad))
     for group, zeros in tables.quantisations(result):
         parts += _summaries(result, group, zeros)
     if cost := _costs(result):
@@ -146,6 +147,8 @@ def _method(result: Result) -> str:
     s = result.settings
     if not s:
         return ""
+    sustained = [case.case.m for case in result.cases if tables.ours(case, "sustained")]
+    since = f" (from M = {min(sustained)} on)" if sustained else ""
     rates = [f"{rate:.0f} TFLOP/s {mode}" for mode in MODES if (rate := result.tflops(mode))]
     empty = (
         f" An empty kernel in a graph takes {result.empty.median:.2f} us." if result.empty else ""
@@ -158,7 +161,7 @@ def _method(result: Result) -> str:
         f" contender once. Weights, activations and outputs take turns over"
         f" {int(s.get('rotation_bytes', 0)) >> 20} MiB; data is random. In a *burst* every"
         f" round follows a pause of {s.get('pause_s')} s (from M = {s.get('sustained_from')} on);"
-        f" *sustained* (from M = {s.get('sustained_from')} on) follows"
+        f" *sustained*{since} follows"
         f" {s.get('sustain_s')} s of all contenders in turns. Every line was compared with float64"
         f" arithmetic before it was timed (relative error at most {s.get('limit'):g}, BF16"
         f" {s.get('limit_bf16'):g}).\n\n"
@@ -214,11 +217,32 @@ def _summary(result: Result, rows: dict[int, list[CaseResult]], mode: Mode) -> s
             for m, cases in rows.items()
         ],
     )
+    third = _by_shape(rows, mode)
     return (
         f"### {_MODES[mode]}\n\nFraction of the floor, geometric mean over shapes (in brackets: how"
         f" many of them, if not all):\n\n{first}\n\nTimes faster, geometric mean and the worst"
-        f" shape:\n\n{second}"
+        f" shape:\n\n{second}{third}"
     )
+
+
+def _by_shape(rows: dict[int, list[CaseResult]], mode: Mode) -> str:
+    """Best and auto against the best peer, a line for each M and a column for each shape."""
+    shapes = dict.fromkeys((c.case.weight.n, c.case.weight.k) for cs in rows.values() for c in cs)
+    lines = []
+    for m, cases in rows.items():
+        cells = dict.fromkeys(shapes, "")
+        for case in cases:
+            best = tables.against(case, mode, tables.ours, tables.best_peer)
+            auto = tables.against(case, mode, tables.auto, tables.best_peer)
+            if not math.isnan(best):
+                text = f"{best:.2f}" if math.isnan(auto) else f"{best:.2f} ({auto:.2f})"
+                cells[case.case.weight.n, case.case.weight.k] = text
+        if any(cells.values()):
+            lines.append((str(m), *cells.values()))
+    if not lines:
+        return ""
+    table = _table(("M", *(f"{n}x{k}" for n, k in shapes)), lines)
+    return f"\n\nTimes faster than the best peer, best (auto):\n\n{table}"
 
 
 def _mean(mean: Mean, of: int) -> str:
@@ -317,14 +341,14 @@ def _us(case: CaseResult, mode: Mode, pick: Pick, *, named: bool = False) -> str
 
 def _absent(result: Result) -> str:
     """Who failed, was wrong or left out, where, and why."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str, str], list[Case]] = {}
     for case in result.cases:
         for line in case.lines:
             if line.status != "ok" or (line.note and line.role == "peer"):
-                found.setdefault((line.label, line.status, line.note), []).append(case.case.name)
+                found.setdefault((line.label, line.status, line.note), []).append(case.case)
     rows = [
-        (label, status if status != "ok" else "timed", note, _places(names))
-        for (label, status, note), names in found.items()
+        (label, status if status != "ok" else "timed", note, _places(cases))
+        for (label, status, note), cases in found.items()
     ]
     parts = []
     if rows:
@@ -332,14 +356,40 @@ def _absent(result: Result) -> str:
     if any(line.method not in ("graph", "") for case in result.cases for line in case.lines):
         parts.append("† timed as calls one by one between two events, without a graph.")
     if result.left_out:
-        listed = "\n".join(f"- {text}" for text in result.left_out)
+        listed = "\n".join(f"- {text}" for text in _left_out(result.left_out))
         parts.append(f"## Left out\n\n{listed}")
     return "\n\n".join(parts)
 
 
-def _places(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _left_out(texts: Iterable[str]) -> list[str]:
+    """``CASE: reason`` in a line for each weight and reason; other texts as they are."""
+    found: dict[tuple[Weight | None, str], list[int]] = {}
+    for text in texts:
+        name, _, reason = text.partition(": ")
+        try:
+            case = parse(name)
+        except UsageError:
+            found[None, text] = []
+        else:
+            found.setdefault((case.weight, reason), []).append(case.m)
+    return [
+        text if weight is None else f"{_place(weight, rows)}: {text}"
+        for (weight, text), rows in found.items()
+    ]
+
+
+def _places(cases: Iterable[Case]) -> str:
+    """Where something was, by weight, the first three of them."""
+    found: dict[Weight, list[int]] = {}
+    for case in cases:
+        found.setdefault(case.weight, []).append(case.m)
+    shown = [_place(weight, rows) for weight, rows in found.items()]
+    more = [f"and {len(shown) - 3} more"] if len(shown) > 3 else []
+    return "; ".join(shown[:3] + more)
+
+
+def _place(weight: Weight, rows: Iterable[int]) -> str:
+    return f"{weight.n} x {weight.k}, {weight.quantisation}: M = {', '.join(map(str, rows))}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

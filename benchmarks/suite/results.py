@@ -78,6 +78,11 @@ class Line:
     def label(self) -> str:
         return self.contender + (" + overlap" if self.overlap else "")
 
+    @property
+    def broken(self) -> bool:
+        """Whether it is a tactic of this library, and was wrong or failed."""
+        return self.role != "peer" and self.status in ("wrong", "failed")
+
     def times(self, mode: Mode) -> Times | None:
         return self.burst if mode == "burst" else self.sustained
 

@@ -31,6 +31,8 @@ from benchmarks.suite.results import CaseResult, Read, Result
 
 #: Seconds after which the short set stops, its reports still to be written.
 SHORT_LIMIT = 165.0
+#: Why the cases after a lost GPU are left out.
+LOST = "the GPU was lost"
 #: Seconds that a peer's preparing, compiling and tuning may take in all.
 PEER_LIMIT, SHORT_PEER_LIMIT = 900.0, 120.0
 
@@ -51,6 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     if old is not None:
         print(compare.text(old, result))
     print(f"{len(result.cases)} cases in {time.monotonic() - begin:.0f} s", flush=True)
+    if any(text.endswith(f": {LOST}") for text in result.left_out):
+        return 1
     return 1 if report.wrong(result) or not result.cases else 0
 
 
@@ -161,7 +165,6 @@ class _Session:
         gpu: Any,
         clocks: Any,
     ) -> None:
-        from benchmarks.suite.contenders import binding
         from benchmarks.suite.contenders.library import Library
         from benchmarks.suite.environment import describe
         from benchmarks.suite.weights import Rows
@@ -175,8 +178,6 @@ class _Session:
         library = Library(gpu.device, gpu.handle, everything=options.all_tactics)
         taking, said = taking_part(options)
         self._peers = taking
-        if reason := binding.why_no_overlap(_loaded_library()):
-            self._notes.append(f"no dependent launch: {reason}")
         if clocks.problem:
             self._notes.append(clocks.problem)
         default = SHORT_PEER_LIMIT if options.short else PEER_LIMIT
@@ -219,7 +220,7 @@ class _Session:
                 self._notes.append(f"{error}: everything after it is missing")
                 done = {case.case for case in self._result.cases}
                 rest = [job.case for _, others in groups[place:] for job in others]
-                left += [f"{case}: the GPU was lost" for case in rest if case not in done]
+                left += [f"{case}: {LOST}" for case in rest if case not in done]
                 break
             self._keep(left)
         return self._keep(left)
@@ -301,12 +302,6 @@ class _Session:
         took = time.monotonic() - since
         print(f"{time.monotonic() - self._begin:6.1f} s  {took:5.1f} s  {weight}", flush=True)
         return left
-
-
-def _loaded_library() -> Any:
-    from w4a16.library import LIBRARY
-
-    return LIBRARY
 
 
 def _quietly(peer: Contender, jobs: list[Job]) -> None:

@@ -30,8 +30,9 @@ FINALISTS = 4
 #: before is not going to win at a larger one.
 HOPELESS = 2.0
 #: Decode tactics are timed where M makes at most so many blocks of their rows, or where nothing
-#: else runs.
+#: else runs. Those with many rows a block are no worse than GEMM tactics at any M.
 MOST_BLOCKS = 4
+MANY_ROWS = 128
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with how many buckets are done, how many there are, and what is timed next."""
@@ -427,7 +428,8 @@ class _Field:
 
 def _in_many_blocks(tactic: Tactic, m: int) -> bool:
     """Whether a decode tactic would read the weights so often that any other kind wins."""
-    return tactic.kind == "decode" and m > MOST_BLOCKS * tactic.tile[1]
+    rows = tactic.tile[1]
+    return tactic.kind == "decode" and rows < MANY_ROWS and m > MOST_BLOCKS * rows
 
 
 def _same_work(tactic: Tactic, one: int, other: int) -> bool:

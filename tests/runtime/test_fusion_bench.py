@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fusion
-from benchmarks.fusion import ALONE, FUSED, NORM_THEN_OURS, PLAIN_ALONE, Result, Row, times_of
+from benchmarks.fusion import ALONE, FUSED, NORM_THEN_OURS, PLAIN_ALONE, Result, Row
 from benchmarks.suite.__main__ import main as suite
+from benchmarks.suite.errors import ResultError
+from benchmarks.suite.stats import summary
 
 
 def row(m: int, contender: str, us: float | None, note: str = "") -> Row:
@@ -18,7 +20,7 @@ def row(m: int, contender: str, us: float | None, note: str = "") -> Row:
         m=m,
         contender=contender,
         error=None if us is None else 3e-4,
-        times=None if us is None else times_of([us]),
+        times=None if us is None else summary([us]),
         note=note,
     )
 
@@ -37,10 +39,10 @@ ROWS = [
 
 
 def test_times_are_the_samples_order_statistics() -> None:
-    found = times_of(list(range(101)))
+    found = summary(list(range(101)))
     assert (found.avg, found.min, found.max) == (50, 0, 100)
     assert (found.p50, found.p90, found.p95, found.p99) == (50, 90, 95, 99)
-    assert found.std == pytest.approx(29.15, abs=0.01)
+    assert found.std == pytest.approx(29.30, abs=0.01)
 
 
 def test_each_goal_is_said_to_hold_or_not() -> None:
@@ -69,9 +71,56 @@ def test_the_page_is_made_from_what_was_stored(tmp_path: Path) -> None:
     assert "| 1 | 8.50 | 10.00 (1.18) |" in page
 
 
-def test_another_schema_is_refused() -> None:
-    with pytest.raises(ValueError, match="schema is 0"):
-        Result.from_json('{"schema": 0}')
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"schema": 0}', "schema is 0, expected 1"),
+        ("{", "no result of this program: JSONDecodeError"),
+        ("[]", "no result of this program"),
+        ('{"schema": 1, "rows": [{}]}', "no result of this program: KeyError"),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_refused_in_one_line(
+    text: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ResultError, match=why):
+        Result.from_json(text)
+    stored = tmp_path / "stored.json"
+    stored.write_text(text, encoding="utf-8")
+    assert suite(["--suite", "fusion", "--report", str(stored), "--out", str(tmp_path)]) == 2
+    assert f"{stored}: {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--hidden", "100"], "--hidden 100: expected a multiple of 128"),
+        (["--widths", "4096"], "--widths 4096: expected three"),
+        (["--widths", "4096,1024,1001"], "multiples of 8"),
+        (["--rows", "1,0"], "--rows 1,0: expected numbers above 0"),
+        (["--rounds", "0"], "--replays and --rounds"),
+        (["--limit", "nan"], "--limit nan: expected seconds above 0"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_any_work(
+    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert suite(["--suite", "fusion", *arguments]) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_the_exit_code_tells_of_what_this_library_could_not_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def code(*rows: Row) -> int:
+        stored = tmp_path / "stored.json"
+        stored.write_text(Result(rows=list(rows)).as_json(), encoding="utf-8")
+        return fusion.main(["--out", str(tmp_path / "out"), "--report", str(stored)])
+
+    assert code(*ROWS) == 0, "a compiler that is missing is not this library's"
+    assert "  Holds: M = 1 under 9 us: 8.50 us" in capsys.readouterr().out
+    assert code(*ROWS, row(2, FUSED, None, "wrong: relative error 1.0e+00")) == 1
+    assert code() == 1
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,13 +119,22 @@ def with_decode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("with_decode")
-def test_decode_tactics_are_timed_up_to_some_blocks_of_their_rows_and_not_beyond() -> None:
+def test_decode_tactics_of_few_rows_are_timed_up_to_some_blocks_of_them_and_not_beyond() -> None:
     result = tune((4096, 4096))
     for row in result.rows:
         assert ("decode:64x8" in row.us) == (row.m <= 8 * MODULE.MOST_BLOCKS), row.m
         assert ("decode:64x16" in row.us) == (row.m <= 16 * MODULE.MOST_BLOCKS), row.m
     assert result.rows[0].best == "decode:64x8"
     assert result.rows[-1].best.startswith("sm90:")
+
+
+def test_decode_tactics_of_many_rows_are_timed_at_any_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, FakeLibrary((*TACTICS, decode(8, 64, 128))))
+    last = tune((4096, 4096)).rows[-1]
+    assert last.m > 128 * MODULE.MOST_BLOCKS
+    assert "decode:64x128" in last.us
 
 
 @pytest.mark.usefixtures("with_decode")

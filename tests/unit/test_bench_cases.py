@@ -63,6 +63,7 @@ def test_the_short_set_covers_every_shape_and_ends_with_what_matters_least() -> 
     assert jobs[: len(main)] == main
     assert {(job.case.weight.n, job.case.weight.k) for job in main} == set(cases.SHAPES)
     assert {job.case.m for job in main} == set(cases.SHORT_ROWS)
+    assert {job.case.m for job in main if not job.sustained} == {1, 2, 4, 8, 16}
     rest = {(job.case.weight.group, job.case.weight.zeros) for job in jobs[len(main) :]}
     assert rest == {(128, True), (64, False)}
     assert {job.case for job in jobs} <= {job.case for job in cases.full()}

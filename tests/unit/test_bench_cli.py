@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import host_time
 from benchmarks.suite import report, run, suites
 from benchmarks.suite.__main__ import main
 from benchmarks.suite.errors import Missing, UsageError
 from benchmarks.suite.floor import build
+from benchmarks.suite.results import Result
 
 from .bench_results import result
 
@@ -99,6 +102,28 @@ def test_peers_that_do_not_take_part_are_named_with_the_reason() -> None:
     assert not {"cublas", "gemlite", "tensorrt_llm"} & {peer.name for peer in found}
 
 
+def test_a_peer_whose_compiler_lost_its_executable_bit_says_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "humming" / "_native" / "x86_64" / "nvrtc_compile"
+    program.parent.mkdir(parents=True)
+    program.write_text("")
+    program.chmod(0o644)
+    for module in ("__init__.py", "layer.py"):
+        (tmp_path / "humming" / module).write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        found, said = run.taking_part(run.parse(["--without", "cublas", "--without", "tinygemm"]))
+        assert "humming" not in {peer.name for peer in found}
+        assert f"chmod +x {program}, or pip install humming-kernels" in said["humming"]
+        program.chmod(0o755)
+        _, said = run.taking_part(run.parse([]))
+        assert said["humming"] == "unknown version"
+    finally:
+        for module in [name for name in sys.modules if name.partition(".")[0] == "humming"]:
+            del sys.modules[module]
+
+
 def test_without_a_compiler_there_is_no_floor_and_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,3 +164,49 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_limits_must_be_sensible() -> None:
     with pytest.raises(UsageError):
         run.parse(["--limit", "0"])
+
+
+GOOD = result()
+FAILED = replace(GOOD.cases[0].lines[1], status="failed", note="CUDA error 719", burst=None)
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        (GOOD, 0),
+        (replace(GOOD, cases=()), 1),
+        (replace(GOOD, left_out=(f"4096x4096:g128:m1: {run.LOST}",)), 1),
+        (replace(GOOD, cases=(replace(GOOD.cases[0], lines=(FAILED,)),)), 1),
+        (replace(GOOD, cases=(replace(GOOD.cases[0], lines=GOOD.cases[0].lines[2:]),)), 0),
+    ],
+    ids=["measured", "nothing measured", "GPU lost", "tactic failed", "peer failed"],
+)
+def test_the_exit_code_says_whether_all_tactics_ran(
+    found: Result, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run", lambda *given: found)
+    assert main(["--short", "--no-plots", "--out", str(tmp_path)]) == code
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_a_run_is_compared_with_what_its_folder_held_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = report.write_json(replace(GOOD, made={"date": "2024-02-03"}), tmp_path)
+    monkeypatch.setattr(run, "run", lambda *given: GOOD)
+    arguments = ["--short", "--no-plots", "--out", str(tmp_path), "--compare", str(old)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "compared with 2024-02-03: new over old" in said
+    assert "nothing differs beyond its noise" in said
+    assert said.splitlines()[-1].startswith("16 cases in")
+
+
+def test_host_time_says_in_one_line_why_it_cannot_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert host_time.main([str(tmp_path / "none.so")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "none.so" in said
+    assert said.count("\n") == 1

@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks.suite.cases import Case, Job, Weight
 from benchmarks.suite.clocks import Clocks
-from benchmarks.suite.contenders import binding
 from benchmarks.suite.contenders.base import Run
 from benchmarks.suite.contenders.library import hopeless
 from benchmarks.suite.errors import Lost, Missing
@@ -161,6 +160,9 @@ US = {
     "cublas": 13.0,
     "slow": 40.0,
 }
+
+
+RANKED = sorted(((run, US[run.label]) for run in TACTICS), key=lambda pair: pair[1])
 
 
 def bench(gpu: FakeGpu, peers: Sequence[FakePeer], auto: str = "gemm:y", **more: Any) -> Bench:
@@ -316,19 +318,35 @@ def test_every_graph_is_closed() -> None:
 def test_samples_are_of_small_graphs_of_every_contender() -> None:
     gpu = FakeGpu(US)
     peers = [FakePeer("cublas"), FakePeer("missing", fails=Missing("not here"))]
-    found, auto, notes = bench(gpu, peers).samples(Case(WEIGHT, 1), 4, 25)
+    found, auto, lines = bench(gpu, peers).samples(Case(WEIGHT, 1), 4, 25)
     assert auto == "gemm:y"
     assert found["decode:a + overlap"] == Times((4.0,) * 25)
     assert found["cublas"].median == 13.0
-    assert notes == ["missing: left out: not here"]
+    absent = [line for line in lines if line.status != "ok"]
+    assert [(line.label, line.status, line.note) for line in absent] == [
+        ("missing", "left out", "not here")
+    ]
+    assert not any(line.broken for line in lines)
     assert all(replay.closed for replay in gpu.replays)
 
 
 def test_finalists_come_with_their_counterparts_and_everything_means_everything() -> None:
-    ranked = sorted(TACTICS, key=lambda run: US[run.label])
-    chosen = finalists(ranked, "gemm:y", plain=1, overlap=2, everything=False)
+    chosen = finalists(
+        RANKED, "gemm:y", Method(plain_finalists=1, overlap_finalists=2, near=2.0), everything=False
+    )
     assert {run.label for run in chosen} == set(US) - {"gemm:z", "cublas", "slow"}
-    assert finalists(ranked, "", plain=1, overlap=1, everything=True) == ranked
+    everything = finalists(RANKED, "", Method(plain_finalists=1), everything=True)
+    assert everything == [run for run, _ in RANKED]
+
+
+def test_who_was_not_near_in_the_short_pass_is_no_finalist() -> None:
+    def chosen(near: float) -> set[str]:
+        found = finalists(RANKED, "gemm:x", Method(near=near), everything=False)
+        return {run.contender for run in found}
+
+    # By rough times, of plain ones: a 5, b 6, gemv 7; of overlapped ones: a 4, b 5.5.
+    assert chosen(1.3) == {"decode:a", "decode:b", "gemv", "gemm:x"}
+    assert chosen(1.1) == {"decode:a", "gemv", "gemm:x"}, "the best of each kind stays"
 
 
 def test_jobs_of_a_weight_come_together_in_the_order_of_the_first() -> None:
@@ -339,33 +357,7 @@ def test_jobs_of_a_weight_come_together_in_the_order_of_the_first() -> None:
     assert [job.case.m for job in groups[0][1]] == [1, 2]
 
 
-# ---- The binding ----
-
-
-def test_overlap_is_asked_for_as_the_binding_offers_it() -> None:
-    def plain(tactic: int, stream: int) -> None: ...
-    def flags(tactic: int, stream: int, flags: int = 0) -> None: ...
-    def overlap(tactic: int, stream: int, *, overlap: bool = False) -> None: ...
-
-    assert binding.overlap_arguments(plain) is None
-    assert binding.overlap_arguments(flags) == {"flags": 1}
-    assert binding.overlap_arguments(overlap) == {"overlap": True}
-
-
-def test_without_overlap_the_reason_is_told() -> None:
-    def flags(tactic: int, flags: int = 0) -> None: ...
-    def plain(tactic: int) -> None: ...
-
-    decode, gemv = SimpleNamespace(kind="decode"), SimpleNamespace(kind="gemv")
-
-    def library(version: int, run: Any, *tactics: Any) -> Any:
-        return SimpleNamespace(build=SimpleNamespace(api_version=version), run=run, tactics=tactics)
-
-    assert "version 2" in binding.why_no_overlap(library(2, flags, decode))
-    assert "flags" in binding.why_no_overlap(library(3, plain, decode))
-    assert "no tactic" in binding.why_no_overlap(library(3, flags, gemv))
-    assert binding.why_no_overlap(library(3, flags, gemv, decode)) == ""
-    assert not binding.overlaps(SimpleNamespace(kind="decode", overlap=False))
+# ---- Which tactics are tried ----
 
 
 def test_tactics_that_are_made_for_far_fewer_rows_are_not_tried() -> None:
@@ -373,6 +365,17 @@ def test_tactics_that_are_made_for_far_fewer_rows_are_not_tried() -> None:
     gemm = SimpleNamespace(kind="gemm", tile=(128, 16, 64))
     assert [m for m in (1, 8, 32, 33, 64) if hopeless(decode, m)] == [33, 64]
     assert [m for m in (16, 128, 256, 4096) if hopeless(gemm, m)] == [256, 4096]
+
+
+def test_the_largest_tiles_are_tried_with_any_number_of_rows() -> None:
+    tactics = [
+        SimpleNamespace(kind="gemm", tile=(128, 256, 64)),
+        SimpleNamespace(kind="gemm", tile=(128, 128, 64)),
+        SimpleNamespace(kind="decode", tile=(192, 128, 128)),
+    ]
+    # Or all others would be tried as well, because no tactic is left.
+    assert not any(hopeless(tactic, m) for tactic in tactics for m in (1, 1024, 4096, 1 << 20))
+    assert hopeless(SimpleNamespace(kind="gemm", tile=(128, 64, 64)), 1024)
 
 
 # ---- Clocks ----

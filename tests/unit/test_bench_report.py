@@ -12,7 +12,7 @@ from benchmarks.suite import compare, report, results, tables
 from benchmarks.suite.errors import ResultError
 from benchmarks.suite.latency import Distribution
 from benchmarks.suite.latency import markdown as latency_markdown
-from benchmarks.suite.results import CaseResult, Result, Times
+from benchmarks.suite.results import CaseResult, Result, Status, Times
 
 from .bench_results import case, line, result, times
 
@@ -110,7 +110,8 @@ def test_the_report_shows_fractions_ratios_costs_and_who_failed() -> None:
     assert "| group 128, zeros | 1 | +4.0 % | +4.0 % 4096x4096 | +4.0 % |" in text
     assert "sustained: after a long run" in text
     assert "| gemlite | failed | no \\| luck |" in text
-    assert "57344x8192:g128:m1: out of time" in text
+    assert "- 57344 x 8192, group 128: M = 1: out of time" in text
+    assert "| 64 | 2.00 (2.00) | 2.00 (2.00) |" in text
     assert "`decode:64x8 + overlap`" in text
     assert "missing: not installed" in text
     assert "8.00 (1.0) `decode:64x8 + overlap`" in text
@@ -125,11 +126,41 @@ def test_a_shape_that_a_contender_lacks_is_not_hidden_in_its_mean() -> None:
     assert "0.375 (1)" in text
 
 
-def test_a_wrong_tactic_heads_the_report() -> None:
-    bad = replace(line("gemv", "upstream", 1, 1), status="wrong", note="relative error 1e+00")
+def test_what_was_left_out_is_a_line_for_each_weight_and_reason() -> None:
+    texts = [f"4096x4096:g64:zeros:m{m}: out of time" for m in (1, 8)]
+    texts += ["4096x4096:g64:zeros:m16: CUDA: out: of memory", "nothing that has a name"]
+    listed = report.markdown(replace(result(), left_out=tuple(texts))).partition("## Left out")[2]
+    assert listed.split("\n- ")[1:] == [
+        "4096 x 4096, group 64, zeros: M = 1, 8: out of time",
+        "4096 x 4096, group 64, zeros: M = 16: CUDA: out: of memory",
+        "nothing that has a name\n",
+    ]
+
+
+def test_who_did_not_take_part_is_told_by_weight_and_not_case_by_case() -> None:
+    weights = [(4096, 4096), (8192, 8192), (8192, 4096), (4096, 8192)]
+    cases = tuple(case(n, k, m) for n, k in weights for m in (1, 8))
+    text = report.markdown(replace(result(), cases=cases))
+    assert "4096 x 4096, group 128: M = 1, 8; 8192 x 8192, group 128: M = 1, 8; 8192 x 4096" in text
+    assert "; and 1 more |" in text
+
+
+def test_without_peers_there_is_no_table_against_them() -> None:
+    mine = tuple(
+        replace(one, lines=tuple(found for found in one.lines if found.role != "peer"))
+        for one in result().cases
+    )
+    text = report.markdown(replace(result(), cases=mine))
+    assert "than the best peer" not in text
+    assert "best / upstream" in text
+
+
+@pytest.mark.parametrize("status", ["wrong", "failed"])
+def test_a_tactic_that_is_wrong_or_failed_heads_the_report(status: Status) -> None:
+    bad = replace(line("gemv", "upstream", 1, 1), status=status, note="relative error 1e+00")
     given = replace(result(), cases=(replace(case(4096, 4096, 1), lines=(bad,)),))
     assert report.wrong(given) == ["4096x4096:g128:m1: gemv: relative error 1e+00"]
-    assert "**Wrong results:**" in report.markdown(given)
+    assert "**Wrong or failed:**" in report.markdown(given)
 
 
 def test_a_result_without_any_case_still_has_a_report() -> None:

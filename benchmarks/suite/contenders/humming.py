@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.cases import Job, Weight
 from benchmarks.suite.contenders.base import Run, load, nibbles, version_of
+from benchmarks.suite.errors import Missing
 from benchmarks.suite.weights import Rows, Weights
 
 
@@ -22,6 +25,8 @@ class Humming:
 
     def version(self) -> str:
         load("humming.layer", "humming-kernels")
+        for folder in load("humming").__path__:
+            require_executable(Path(folder))
         return version_of("humming-kernels")
 
     def warm(self, jobs: Sequence[Job]) -> None:
@@ -42,6 +47,16 @@ class Humming:
     def prepare(self, weights: Weights) -> _Layer:
         with self._warming:  # what is being compiled is not compiled twice
             return _Layer(weights)
+
+
+def require_executable(package: Path) -> None:
+    """Raises :class:`Missing` if the compiler that comes with the package cannot be started."""
+    for program in sorted(package.glob("_native/*/nvrtc_compile")):
+        if not os.access(program, os.X_OK):
+            raise Missing(
+                f"{program} must be executable and is not, as after unpacking a wheel by hand:"
+                f" chmod +x {shlex.quote(str(program))}, or pip install humming-kernels"
+            )
 
 
 def _schema(weight: Weight) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.suite.cases import Case, Job
-from benchmarks.suite.contenders import binding
 from benchmarks.suite.contenders.base import Run
 from benchmarks.suite.errors import Missing
 from benchmarks.suite.gpu import Launch
@@ -15,8 +14,10 @@ from benchmarks.suite.weights import Rows, Weights
 
 #: Kinds of tactics that were extracted from TensorRT-LLM.
 UPSTREAM = ("gemm", "gemv")
-#: A decode tactic reads the weight once for each block of its tokens: more blocks than this lose.
+#: A decode tactic reads the weight once for each block of its tokens: more blocks than this lose …
 MOST_BLOCKS = 4
+#: … unless a block has so many of them, as the largest tiles have: no M is too large for those.
+MANY_TOKENS = 128
 
 
 class Library:
@@ -31,9 +32,6 @@ class Library:
         self._device = device
         self._stream = stream
         self.everything = everything
-        self._overlap = binding.overlap_arguments(LIBRARY.run)
-        if binding.why_no_overlap(LIBRARY):
-            self._overlap = None
 
     def version(self) -> str:
         build = self._library.build
@@ -90,17 +88,17 @@ class Library:
         found = []
         for tactic, size in zip(tactics, sizes, strict=True):
             role: Role = "upstream" if tactic.kind in UPSTREAM else "ours"
-            modes: list[dict[str, Any]] = [{}]
-            if self._overlap is not None and binding.overlaps(tactic):
-                modes.append(self._overlap)
-            for more in modes:
-                launch = self._launch(tactic.index, problem, weights, rows, workspace, size, more)
+            # The other kinds take the flag, and launch as without it.
+            for overlap in (False, True) if tactic.kind == "decode" else (False,):
+                launch = self._launch(
+                    tactic.index, problem, weights, rows, workspace, size, overlap
+                )
                 found.append(
                     Run(
                         contender=tactic.name,
                         role=role,
                         launch=launch,
-                        overlap=bool(more),
+                        overlap=overlap,
                         kind=tactic.kind,
                         torch_graph=False,
                     )
@@ -115,7 +113,7 @@ class Library:
         rows: Rows,
         workspace: Any,
         size: int,
-        more: dict[str, Any],
+        overlap: bool,
     ) -> Launch:
         run, op = self._library.run, int(problem.quant_op)
         x, out, slots = rows.x, rows.out, rows.slots
@@ -140,7 +138,7 @@ class Library:
                 workspace.data_ptr(),
                 size,
                 self._stream,
-                **more,
+                overlap,
             )
 
         return launch
@@ -149,6 +147,8 @@ class Library:
 def hopeless(tactic: Any, m: int) -> bool:
     """Whether M is far from what a tactic is made for."""
     tokens = tactic.tile[1] if len(tactic.tile) > 1 else 0
+    if tokens >= MANY_TOKENS:
+        return False
     if tactic.kind == "decode" and tokens:
         return m > MOST_BLOCKS * tokens
     return tactic.kind == "gemm" and m >= 16 * max(tokens, 16)
