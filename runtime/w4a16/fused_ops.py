@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w4a16 import torch_ops
+from w4a16 import overlap, torch_ops
 from w4a16.arguments import N_MULTIPLE, Argument, check_weight
 from w4a16.errors import ArgumentError
 from w4a16.fused_weights import MOST_SEGMENTS, FusedQKV, GPTQTensors, ranges
@@ -164,7 +164,7 @@ class _Prepared:
     """Tensors that were found to make up a weight, kept with the tensor of its packed values."""
 
     __slots__ = (
-        *("bias", "columns", "group_size", "joined", "k", "key", "launched", "quant_op"),
+        *("bias", "columns", "group_size", "held", "joined", "k", "key", "launched", "quant_op"),
         *("read_early", "scales", "zeros"),
     )
 
@@ -196,9 +196,12 @@ class _Prepared:
         self.bias = [tensor.data_ptr() for tensor in bias]
         self.columns = None if columns is None else columns.data_ptr()
         self.joined = [None if tensor is None else tensor.data_ptr() for tensor in joined]
-        #: What a launch with overlap may read early; None: torch does not count its changes.
-        tensors = [packed, *scales, *zeros, *(t for t in joined if t is not None), *bias]
-        self.read_early = None if any(t.is_inference() for t in tensors) else tensors
+        #: While they are held, no other tensor has their addresses.
+        self.held = [*scales, *zeros, *bias, columns, *joined]
+        tensors = [tensor for tensor in self.held if tensor is not None]
+        #: What a launch with overlap may read early, beside ``packed``, which holds this; None:
+        #: torch does not count its changes.
+        self.read_early = None if any(t.is_inference() for t in (packed, *tensors)) else tensors
         #: What the tensors' versions summed to when they were last launched without overlap.
         self.launched = -1
 
@@ -337,10 +340,10 @@ def _launch(
     size = LIBRARY.norm_qkv_workspace(args)
     memory = torch_ops._empty_cuda((size,), (1,), torch.uint8)
     args.workspace, args.workspace_bytes = memory.data_ptr(), size
-    overlap = _Overlap(weight)
-    args.flags = overlap.flags
+    beginning = _Overlap(weight, packed)
+    args.flags = beginning.flags
     LIBRARY.norm_qkv(args, torch_ops._raw_stream(device))
-    overlap.launched()
+    beginning.launched()
 
 
 @lru_cache(maxsize=4096)
@@ -358,10 +361,10 @@ class _Overlap:
     them.
     """
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: Any, values: Tensor) -> None:
         self._weight = weight
-        tensors = weight.read_early
-        self._version = -2 if tensors is None else sum(tensor._version for tensor in tensors)
+        tensors = weight.read_early if overlap.enabled else None
+        self._version = -2 if tensors is None else sum(t._version for t in (values, *tensors))
         self.flags = RUN_OVERLAP if self._version == weight.launched else 0
 
     def launched(self) -> None:
@@ -401,11 +404,12 @@ def _copy_back(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 class _Checkpoint:
     """Tensors that were checked, kept with the quantised values."""
 
-    __slots__ = ("key", "launched", "read_early")
+    __slots__ = ("held", "key", "launched", "read_early")
 
-    def __init__(self, key: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+    def __init__(self, key: tuple[Any, ...], qweight: Tensor, others: Sequence[Tensor]) -> None:
         self.key = key
-        self.read_early = None if any(t.is_inference() for t in tensors) else list(tensors)
+        self.held = others
+        self.read_early = None if any(t.is_inference() for t in (qweight, *others)) else others
         self.launched = -1
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -485,7 +489,7 @@ def _checkpoint(
     if isinstance(found, _Checkpoint) and found.key == key:
         return found
     _check_gptq(*tensors, group_size, widths)
-    made = _Checkpoint(key, [tensor for tensor in tensors if tensor is not None])
+    made = _Checkpoint(key, qweight, [t for t in tensors[1:] if t is not None])
     qweight._w4a16_fused = made
     return made
 
@@ -496,7 +500,7 @@ def _launch_gptq(
     ln_weight: Tensor | None,
     ln_bias: Tensor | None,
     eps: float,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Any],
     weight: _Checkpoint,
     group_size: int,
     stored_minus_1: bool,
@@ -536,14 +540,14 @@ def _launch_gptq(
         args.n[i] = n
         args.c[i] = place
     LIBRARY.check_gptq(args)
-    overlap = _Overlap(weight)
+    beginning = _Overlap(weight, tensors[0])
     LIBRARY.normalize_rows(
         *(norm, rows.data_ptr(), m, stride, k, _address(ln_weight), _address(ln_bias), eps),
         *(None, k, normalised.data_ptr(), stream),
-        flags=overlap.flags,
+        flags=beginning.flags,
     )
     LIBRARY.gptq_linear(args, stream)
-    overlap.launched()
+    beginning.launched()
 
 
 # ---- CPU: the definition ----

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -521,6 +523,20 @@ def test_a_launch_overlaps_once_the_same_weight_was_launched_without(
     assert [flags(), flags(), flags()] == [0, RUN_OVERLAP, RUN_OVERLAP]
     given.scales[1].mul_(2)
     assert [flags(), flags()] == [0, RUN_OVERLAP]
+
+
+def test_a_launch_keeps_no_weight_alive(host: HostLaunches, x: Any) -> None:
+    for given in (fuse(case(96)), plain(case(96))):
+        _, arguments = operator(given)
+        launch = OPS._gptq_cuda if isinstance(given, GPTQTensors) else OPS._qkv_cuda
+        launch(Norm.LAYER, x, None, None, EPS, *arguments)
+    gc.disable()
+    try:
+        values = weakref.ref(arguments[0])
+        del arguments, given
+        assert values() is None
+    finally:
+        gc.enable()
 
 
 def test_without_rows_nothing_is_launched(host: HostLaunches) -> None:
