@@ -14,6 +14,7 @@ dimension, in which the projections' ``[..., n_i]`` follow each other.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -160,13 +161,38 @@ def _request(
 # ---- Packed weights on CUDA ----
 
 
-class _Prepared:
-    """Tensors that were found to make up a weight, kept with the tensor of its packed values."""
+class _Known(torch_ops.Remembered):
+    """Tensors that were found to make up a weight, kept with that of its quantised values."""
 
-    __slots__ = (
-        *("bias", "columns", "group_size", "held", "joined", "k", "key", "launched", "quant_op"),
-        *("read_early", "scales", "zeros"),
-    )
+    __slots__ = ("counts_changes", "held", "key", "launched")
+
+    def __init__(self, key: tuple[Any, ...], values: Tensor, held: Sequence[Tensor | None]) -> None:
+        """``held`` is all but ``values``, which holds this."""
+        self.key = key
+        #: While they are held, no other tensor has their addresses.
+        self.held = tuple(held)
+        #: Whether torch counts changes of what a launch with overlap may read early.
+        self.counts_changes = not any(t.is_inference() for t in (values, *held) if t is not None)
+        #: What the tensors' versions summed to when they were last launched without overlap.
+        self.launched = -1
+
+    def is_of(self, key: tuple[Any, ...], held: Sequence[Tensor | None]) -> bool:
+        """Whether it was made for these tensors, still at the same places and as large."""
+        return self.key == key and all(map(operator.is_, self.held, held))
+
+    def version(self, values: Tensor) -> int:
+        """Grows whenever torch changes one of the tensors."""
+        return values._version + sum(t._version for t in self.held if t is not None)
+
+
+def _key(tensors: Sequence[Tensor | None], *sizes: int) -> tuple[Any, ...]:
+    return (*((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors), *sizes)
+
+
+class _Packed(_Known):
+    """A packed weight, with what its launches have in common."""
+
+    __slots__ = ("bias", "columns", "group_size", "joined", "k", "quant_op", "scales", "zeros")
 
     def __init__(
         self,
@@ -179,7 +205,7 @@ class _Prepared:
         joined: Sequence[Tensor | None],
     ) -> None:
         """Arguments that are right."""
-        self.key = key
+        super().__init__(key, packed, (*scales, *zeros, *bias, columns, *joined))
         self.k = packed.shape[1] * 2
         groups = scales[0].shape[0]
         per_column = not zeros and groups == 1
@@ -194,23 +220,11 @@ class _Prepared:
         self.scales = [tensor.data_ptr() for tensor in scales]
         self.zeros = [tensor.data_ptr() for tensor in zeros]
         self.bias = [tensor.data_ptr() for tensor in bias]
-        self.columns = None if columns is None else columns.data_ptr()
-        self.joined = [None if tensor is None else tensor.data_ptr() for tensor in joined]
-        #: While they are held, no other tensor has their addresses.
-        self.held = [*scales, *zeros, *bias, columns, *joined]
-        tensors = [tensor for tensor in self.held if tensor is not None]
-        #: What a launch with overlap may read early, beside ``packed``, which holds this; None:
-        #: torch does not count its changes.
-        self.read_early = None if any(t.is_inference() for t in (packed, *tensors)) else tensors
-        #: What the tensors' versions summed to when they were last launched without overlap.
-        self.launched = -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the tensor are checked anew."""
-        return dict, ()
+        self.columns = _address(columns)
+        self.joined = [_address(tensor) for tensor in joined]
 
 
-def _prepared(
+def _packed(
     packed: Tensor,
     scales: Sequence[Tensor],
     zeros: Sequence[Tensor],
@@ -219,17 +233,15 @@ def _prepared(
     joined: Sequence[Tensor | None],
     in_features: int,
     widths: Sequence[int],
-) -> _Prepared:
-    tensors = (packed, *scales, *zeros, *bias, columns, *joined)
-    key = (
-        *((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors),
-        *(len(scales), len(zeros), len(bias), in_features, *widths),
-    )
+) -> _Packed:
+    held = (*scales, *zeros, *bias, columns, *joined)
+    counts = (len(scales), len(zeros), len(bias))
+    key = _key((packed, *held), *counts, in_features, *widths)
     found: Any = getattr(packed, "_w4a16_fused", None)
-    if isinstance(found, _Prepared) and found.key == key:
+    if isinstance(found, _Packed) and found.is_of(key, held):
         return found
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
-    made = _Prepared(key, packed, scales, zeros, bias, columns, joined)
+    made = _Packed(key, packed, scales, zeros, bias, columns, joined)
     packed._w4a16_fused = made
     return made
 
@@ -251,7 +263,7 @@ def _qkv_cuda(
     tactic: int = -1,
     join: int = -1,
 ) -> Tensor:
-    weight = _prepared(packed, scales, zeros, bias, columns, joined, in_features, widths)
+    weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     result = _empty(x, widths)
     targets = _places(result, x, widths)
@@ -277,7 +289,7 @@ def _qkv_out_cuda(
     tactic: int = -1,
     join: int = -1,
 ) -> None:
-    weight = _prepared(packed, scales, zeros, bias, columns, joined, in_features, widths)
+    weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     _check_out(out, x, widths)
     targets = _aligned(out)
@@ -293,7 +305,7 @@ def _launch(
     ln_bias: Tensor | None,
     eps: float,
     packed: Tensor,
-    weight: _Prepared,
+    weight: _Packed,
     widths: Sequence[int],
     places: Sequence[int],
     tactic: int,
@@ -361,10 +373,10 @@ class _Overlap:
     them.
     """
 
-    def __init__(self, weight: Any, values: Tensor) -> None:
+    def __init__(self, weight: _Known, values: Tensor) -> None:
         self._weight = weight
-        tensors = weight.read_early if overlap.enabled else None
-        self._version = -2 if tensors is None else sum(t._version for t in (values, *tensors))
+        counted = overlap.enabled and weight.counts_changes
+        self._version = weight.version(values) if counted else torch_ops.UNKNOWN
         self.flags = RUN_OVERLAP if self._version == weight.launched else 0
 
     def launched(self) -> None:
@@ -399,22 +411,6 @@ def _copy_back(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 
 # ---- Checkpoints' own tensors on CUDA ----
-
-
-class _Checkpoint:
-    """Tensors that were checked, kept with the quantised values."""
-
-    __slots__ = ("held", "key", "launched", "read_early")
-
-    def __init__(self, key: tuple[Any, ...], qweight: Tensor, others: Sequence[Tensor]) -> None:
-        self.key = key
-        self.held = others
-        self.read_early = None if any(t.is_inference() for t in (qweight, *others)) else others
-        self.launched = -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the tensor are checked anew."""
-        return dict, ()
 
 
 def _gptq_cuda(
@@ -479,17 +475,14 @@ def _checkpoint(
     bias: Tensor | None,
     group_size: int,
     widths: Sequence[int],
-) -> _Checkpoint:
-    tensors = (qweight, scales, qzeros, g_idx, bias)
-    key = (
-        *((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors),
-        *(group_size, *widths),
-    )
+) -> _Known:
+    held = (scales, qzeros, g_idx, bias)
+    key = _key((qweight, *held), group_size, *widths)
     found: Any = getattr(qweight, "_w4a16_fused", None)
-    if isinstance(found, _Checkpoint) and found.key == key:
+    if isinstance(found, _Known) and found.is_of(key, held):
         return found
-    _check_gptq(*tensors, group_size, widths)
-    made = _Checkpoint(key, qweight, [t for t in tensors[1:] if t is not None])
+    _check_gptq(qweight, *held, group_size, widths)
+    made = _Known(key, qweight, held)
     qweight._w4a16_fused = made
     return made
 
@@ -501,7 +494,7 @@ def _launch_gptq(
     ln_bias: Tensor | None,
     eps: float,
     tensors: Sequence[Any],
-    weight: _Checkpoint,
+    weight: _Known,
     group_size: int,
     stored_minus_1: bool,
     widths: Sequence[int],
