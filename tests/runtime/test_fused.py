@@ -535,7 +535,7 @@ def launch(host: HostLaunches, x: Any, given: Any, arguments: Any) -> int:
     return int(host.seen[before]["flags"])
 
 
-WEIGHTS = {"packed": fuse, "a checkpoint's": plain}
+WEIGHTS: dict[str, Callable[..., Any]] = {"packed": fuse, "a checkpoint's": plain}
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

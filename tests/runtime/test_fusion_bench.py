@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import fusion
-from benchmarks.suite.__main__ import main as suite
 from benchmarks.fusion import ALONE, FUSED, NORM_THEN_OURS, PLAIN_ALONE, Result, Row, times_of
+from benchmarks.suite.__main__ import main as suite
 
 
 def row(m: int, contender: str, us: float | None, note: str = "") -> Row:
