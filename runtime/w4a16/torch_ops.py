@@ -84,7 +84,8 @@ UNKNOWN = -2
 # An address that CUDA's allocators would give.
 _ALIGNMENT = 256
 
-_MOST_LAUNCHES = 4096
+# Of one weight; each takes more than a kilobyte, and a model has hundreds of weights.
+_MOST_LAUNCHES = 256
 
 _LOCK = threading.Lock()
 _library: Any = None
