@@ -182,7 +182,7 @@ class _Known(torch_ops.Remembered):
 
     def version(self, values: Tensor) -> int:
         """Grows whenever torch changes one of the tensors."""
-        return values._version + sum(t._version for t in self.held if t is not None)
+        return sum(t._version for t in (values, *self.held) if t is not None)
 
 
 def _key(tensors: Sequence[Tensor | None], *sizes: int) -> tuple[Any, ...]:
@@ -360,7 +360,7 @@ def _launch(
 
 @lru_cache(maxsize=4096)
 def _joins(device: int, m: int, widths: tuple[int, ...]) -> bool:
-    """Whether one product and a copy take less time than a product for each projection: where one
+    """Whether one product over all columns takes less time than one for each projection: where one
     of those has too few tiles to keep the GPU busy twice over."""
     sm_count = LIBRARY.device(device).sm_count
     return any(-(-n // _TILE) * -(-m // _TILE) < 2 * sm_count for n in widths)
