@@ -447,18 +447,20 @@ def test_threads_may_launch_one_weight_at_once_with_any_shapes(
 ) -> None:
     monkeypatch.setattr(torch_ops, "_MOST_LAUNCHES", 3)
     product = Product(8, bias=True)
+    given = [torch.randn(m, product.case.k).half() for m in range(1, 6)]
+    wanted = [LAUNCH(x, *product.weight, *product.sizes) for x in given]
     go = threading.Barrier(6)
 
     def launch(thread: int) -> None:
         go.wait()
         for turn in range(20):
-            x = torch.randn(1 + (thread + turn) % 5, product.case.k).half()
-            close(LAUNCH(x, *product.weight, *product.sizes), product.exact(x))
+            m = (thread + turn) % 5
+            assert torch.equal(LAUNCH(given[m], *product.weight, *product.sizes), wanted[m])
 
     with ThreadPoolExecutor(6) as pool:
         for done in [pool.submit(launch, thread) for thread in range(6)]:
             done.result()
-    assert len(kernels.launches) == 6 * 20
+    assert len(kernels.launches) == 5 + 6 * 20
 
 
 def test_activations_that_are_wrong_are_refused_for_a_shape_that_was_right(
