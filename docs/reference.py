@@ -30,6 +30,9 @@ are imported from `w4a16`, those of the fused projections from `w4a16.fused`.
 """
 
 
+_TABLE = re.compile(r"^(?P<first>=+) =+\n(?P<rows>.*?)\n=+ =+$", re.MULTILINE | re.DOTALL)
+
+
 def page() -> str:
     """The text of ``api.md``."""
     named = {name for names in _SECTIONS.values() for name in names} | {"fused"}
@@ -75,9 +78,16 @@ def _signature(value: Any) -> str:
 
 
 def _doc(value: Any) -> str:
-    text = inspect.getdoc(value) or ""
+    text = _TABLE.sub(_markdown, inspect.getdoc(value) or "")
     text = re.sub(r":(?:class|func|meth|attr|data|mod):`~?\.?([^`]+)`", r"`\1`", text)
     return text.replace("``", "`")
+
+
+def _markdown(table: re.Match[str]) -> str:
+    """A table of two columns, which begin where its frame says."""
+    begin = len(table["first"]) + 1
+    cells = [(line[:begin].strip(), line[begin:].strip()) for line in table["rows"].splitlines()]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in cells)])
 
 
 if __name__ == "__main__":

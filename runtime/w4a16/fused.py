@@ -1,7 +1,8 @@
 """LayerNorm or RMSNorm and the quantised Q, K and V projections behind it, in one call.
 
-The normalised input goes straight to the projections' kernels; on a GPU they read their weights
-while the normalisation runs. Importing this module needs nothing; calling it needs torch.
+The normalised input goes straight to the projections' kernels; on a GPU those for few rows read
+their weights while the normalisation runs. Importing this module needs nothing; calling it needs
+torch.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ dimension, in which the projections' ``[..., n_i]`` follow each other.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w4a16 import torch_ops
+from w4a16 import overlap, torch_ops
 from w4a16.arguments import N_MULTIPLE, Argument, check_weight
 from w4a16.errors import ArgumentError
 from w4a16.fused_weights import MOST_SEGMENTS, FusedQKV, GPTQTensors, ranges
@@ -160,13 +161,38 @@ def _request(
 # ---- Packed weights on CUDA ----
 
 
-class _Prepared:
-    """Tensors that were found to make up a weight, kept with the tensor of its packed values."""
+class _Known(torch_ops.Remembered):
+    """Tensors that were found to make up a weight, kept with that of its quantised values."""
 
-    __slots__ = (
-        *("bias", "columns", "group_size", "joined", "k", "key", "launched", "quant_op"),
-        *("read_early", "scales", "zeros"),
-    )
+    __slots__ = ("counts_changes", "held", "key", "launched")
+
+    def __init__(self, key: tuple[Any, ...], values: Tensor, held: Sequence[Tensor | None]) -> None:
+        """``held`` is all but ``values``, which holds this."""
+        self.key = key
+        #: While they are held, no other tensor has their addresses.
+        self.held = tuple(held)
+        #: Whether torch counts changes of what a launch with overlap may read early.
+        self.counts_changes = not any(t.is_inference() for t in (values, *held) if t is not None)
+        #: What the tensors' versions summed to when they were last launched without overlap.
+        self.launched = -1
+
+    def is_of(self, key: tuple[Any, ...], held: Sequence[Tensor | None]) -> bool:
+        """Whether it was made for these tensors, still at the same places and as large."""
+        return self.key == key and all(map(operator.is_, self.held, held))
+
+    def version(self, values: Tensor) -> int:
+        """Grows whenever torch changes one of the tensors."""
+        return sum(t._version for t in (values, *self.held) if t is not None)
+
+
+def _key(tensors: Sequence[Tensor | None], *sizes: int) -> tuple[Any, ...]:
+    return (*((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors), *sizes)
+
+
+class _Packed(_Known):
+    """A packed weight, with what its launches have in common."""
+
+    __slots__ = ("bias", "columns", "group_size", "joined", "k", "quant_op", "scales", "zeros")
 
     def __init__(
         self,
@@ -179,7 +205,7 @@ class _Prepared:
         joined: Sequence[Tensor | None],
     ) -> None:
         """Arguments that are right."""
-        self.key = key
+        super().__init__(key, packed, (*scales, *zeros, *bias, columns, *joined))
         self.k = packed.shape[1] * 2
         groups = scales[0].shape[0]
         per_column = not zeros and groups == 1
@@ -194,20 +220,11 @@ class _Prepared:
         self.scales = [tensor.data_ptr() for tensor in scales]
         self.zeros = [tensor.data_ptr() for tensor in zeros]
         self.bias = [tensor.data_ptr() for tensor in bias]
-        self.columns = None if columns is None else columns.data_ptr()
-        self.joined = [None if tensor is None else tensor.data_ptr() for tensor in joined]
-        #: What a launch with overlap may read early; None: torch does not count its changes.
-        tensors = [packed, *scales, *zeros, *(t for t in joined if t is not None), *bias]
-        self.read_early = None if any(t.is_inference() for t in tensors) else tensors
-        #: What the tensors' versions summed to when they were last launched without overlap.
-        self.launched = -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the tensor are checked anew."""
-        return dict, ()
+        self.columns = _address(columns)
+        self.joined = [_address(tensor) for tensor in joined]
 
 
-def _prepared(
+def _packed(
     packed: Tensor,
     scales: Sequence[Tensor],
     zeros: Sequence[Tensor],
@@ -216,17 +233,15 @@ def _prepared(
     joined: Sequence[Tensor | None],
     in_features: int,
     widths: Sequence[int],
-) -> _Prepared:
-    tensors = (packed, *scales, *zeros, *bias, columns, *joined)
-    key = (
-        *((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors),
-        *(len(scales), len(zeros), len(bias), in_features, *widths),
-    )
+) -> _Packed:
+    held = (*scales, *zeros, *bias, columns, *joined)
+    counts = (len(scales), len(zeros), len(bias))
+    key = _key((packed, *held), *counts, in_features, *widths)
     found: Any = getattr(packed, "_w4a16_fused", None)
-    if isinstance(found, _Prepared) and found.key == key:
+    if isinstance(found, _Packed) and found.is_of(key, held):
         return found
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
-    made = _Prepared(key, packed, scales, zeros, bias, columns, joined)
+    made = _Packed(key, packed, scales, zeros, bias, columns, joined)
     packed._w4a16_fused = made
     return made
 
@@ -248,7 +263,7 @@ def _qkv_cuda(
     tactic: int = -1,
     join: int = -1,
 ) -> Tensor:
-    weight = _prepared(packed, scales, zeros, bias, columns, joined, in_features, widths)
+    weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     result = _empty(x, widths)
     targets = _places(result, x, widths)
@@ -274,7 +289,7 @@ def _qkv_out_cuda(
     tactic: int = -1,
     join: int = -1,
 ) -> None:
-    weight = _prepared(packed, scales, zeros, bias, columns, joined, in_features, widths)
+    weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     _check_out(out, x, widths)
     targets = _aligned(out)
@@ -290,7 +305,7 @@ def _launch(
     ln_bias: Tensor | None,
     eps: float,
     packed: Tensor,
-    weight: _Prepared,
+    weight: _Packed,
     widths: Sequence[int],
     places: Sequence[int],
     tactic: int,
@@ -337,15 +352,15 @@ def _launch(
     size = LIBRARY.norm_qkv_workspace(args)
     memory = torch_ops._empty_cuda((size,), (1,), torch.uint8)
     args.workspace, args.workspace_bytes = memory.data_ptr(), size
-    overlap = _Overlap(weight)
-    args.flags = overlap.flags
+    beginning = _Overlap(weight, packed)
+    args.flags = beginning.flags
     LIBRARY.norm_qkv(args, torch_ops._raw_stream(device))
-    overlap.launched()
+    beginning.launched()
 
 
 @lru_cache(maxsize=4096)
 def _joins(device: int, m: int, widths: tuple[int, ...]) -> bool:
-    """Whether one product and a copy take less time than a product for each projection: where one
+    """Whether one product over all columns takes less time than one for each projection: where one
     of those has too few tiles to keep the GPU busy twice over."""
     sm_count = LIBRARY.device(device).sm_count
     return any(-(-n // _TILE) * -(-m // _TILE) < 2 * sm_count for n in widths)
@@ -358,10 +373,10 @@ class _Overlap:
     them.
     """
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: _Known, values: Tensor) -> None:
         self._weight = weight
-        tensors = weight.read_early
-        self._version = -2 if tensors is None else sum(tensor._version for tensor in tensors)
+        counted = overlap.enabled and weight.counts_changes
+        self._version = weight.version(values) if counted else torch_ops.UNKNOWN
         self.flags = RUN_OVERLAP if self._version == weight.launched else 0
 
     def launched(self) -> None:
@@ -396,21 +411,6 @@ def _copy_back(targets: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 
 # ---- Checkpoints' own tensors on CUDA ----
-
-
-class _Checkpoint:
-    """Tensors that were checked, kept with the quantised values."""
-
-    __slots__ = ("key", "launched", "read_early")
-
-    def __init__(self, key: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-        self.key = key
-        self.read_early = None if any(t.is_inference() for t in tensors) else list(tensors)
-        self.launched = -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the tensor are checked anew."""
-        return dict, ()
 
 
 def _gptq_cuda(
@@ -475,17 +475,14 @@ def _checkpoint(
     bias: Tensor | None,
     group_size: int,
     widths: Sequence[int],
-) -> _Checkpoint:
-    tensors = (qweight, scales, qzeros, g_idx, bias)
-    key = (
-        *((0, 0) if t is None else (t.data_ptr(), t.numel()) for t in tensors),
-        *(group_size, *widths),
-    )
+) -> _Known:
+    held = (scales, qzeros, g_idx, bias)
+    key = _key((qweight, *held), group_size, *widths)
     found: Any = getattr(qweight, "_w4a16_fused", None)
-    if isinstance(found, _Checkpoint) and found.key == key:
+    if isinstance(found, _Known) and found.is_of(key, held):
         return found
-    _check_gptq(*tensors, group_size, widths)
-    made = _Checkpoint(key, [tensor for tensor in tensors if tensor is not None])
+    _check_gptq(qweight, *held, group_size, widths)
+    made = _Known(key, qweight, held)
     qweight._w4a16_fused = made
     return made
 
@@ -496,8 +493,8 @@ def _launch_gptq(
     ln_weight: Tensor | None,
     ln_bias: Tensor | None,
     eps: float,
-    tensors: Sequence[Tensor | None],
-    weight: _Checkpoint,
+    tensors: Sequence[Any],
+    weight: _Known,
     group_size: int,
     stored_minus_1: bool,
     widths: Sequence[int],
@@ -536,14 +533,14 @@ def _launch_gptq(
         args.n[i] = n
         args.c[i] = place
     LIBRARY.check_gptq(args)
-    overlap = _Overlap(weight)
+    beginning = _Overlap(weight, tensors[0])
     LIBRARY.normalize_rows(
         *(norm, rows.data_ptr(), m, stride, k, _address(ln_weight), _address(ln_bias), eps),
         *(None, k, normalised.data_ptr(), stream),
-        flags=overlap.flags,
+        flags=beginning.flags,
     )
     LIBRARY.gptq_linear(args, stream)
-    overlap.launched()
+    beginning.launched()
 
 
 # ---- CPU: the definition ----

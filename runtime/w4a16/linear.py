@@ -111,8 +111,11 @@ def _linear(
 
 
 def _stays(weight: PackedWeight) -> bool:
-    """Whether its arrays are as they are; tensors of torch may be changed in place."""
-    return type(weight.packed).__module__.partition(".")[0] != "torch"
+    """Whether its arrays are taken to stay as they are; tensors of torch may be changed in place,
+    which is counted only where x is one, too."""
+    torch = sys.modules.get("torch")
+    read_early = (weight.packed, weight.scales, weight.zeros)
+    return torch is None or not any(isinstance(array, torch.Tensor) for array in read_early)
 
 
 def _launch(

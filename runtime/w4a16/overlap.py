@@ -17,9 +17,13 @@ def set_overlap(on: bool) -> None:
     read a weight while the kernel before still runs, and wait for it before they read anything that
     it may have written. This package does so only with a weight that it has launched without
     overlap before, and whose tensors torch knows of no change to since. What torch does not see
-    (``tensor.data`` written to, another library's kernels writing through an address) needs a
-    ``torch.cuda.synchronize()`` before the next call, or no overlap. Weights that are inference
+    (``tensor.data`` written to, a CUDA graph that writes the weight and is replayed, another
+    library's kernels writing through an address, arrays of other frameworks changed in place) needs
+    a ``torch.cuda.synchronize()`` before the next call, or no overlap. Weights that are inference
     tensors, whose changes torch does not count, never overlap.
+
+    Off, only the calls of :mod:`w4a16.fused` overlap still, and only their own kernels with each
+    other.
     """
     global enabled
     enabled = bool(on)

@@ -79,12 +79,13 @@ except AttributeError:
 
 
 # Of a weight, in place of what _version() gives: do not overlap.
-_UNKNOWN = -2
+UNKNOWN = -2
 
 # An address that CUDA's allocators would give.
 _ALIGNMENT = 256
 
-_MOST_LAUNCHES = 4096
+# Of one weight; each takes more than a kilobyte, and a model has hundreds of weights.
+_MOST_LAUNCHES = 256
 
 _LOCK = threading.Lock()
 _library: Any = None
@@ -190,7 +191,17 @@ class _Prepared(NamedTuple):
     m: int
 
 
-class _Checked:
+class Remembered:
+    """What is kept with a tensor for its next launch, and not copied or saved with it."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of the tensor are checked anew. Whatever torch.load trusts, and is not true."""
+        return OrderedDict, ()
+
+
+class _Checked(Remembered):
     """Arrays that were found to make up a weight, kept with the tensor of its packed values.
 
     A launch with the same tensors, still at the same place and as large, need not look at their
@@ -294,10 +305,6 @@ class _Checked:
         if version >= 0 and not _capturing():  # a launch that is captured does not run now
             self.launched = version
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the tensor are checked anew. Whatever torch.load trusts, and is not true."""
-        return OrderedDict, ()
-
 
 def _linear_cuda(
     x: Tensor,
@@ -356,7 +363,7 @@ def _linear_cuda(
     _, launch, _, bytes_needed, size, strides, _ = prepared
     out = _empty_cuda(size, strides, _HALF) if target is None else target
     # A launch overlaps once the same version was launched without.
-    version = _version(packed, weight) if overlap.enabled else _UNKNOWN
+    version = _version(packed, weight) if overlap.enabled else UNKNOWN
     overlaps = version == weight.launched
     a = x.data_ptr()
     if launch is None or a & 15 or not x.is_contiguous():
@@ -401,7 +408,7 @@ def _linear_out_cuda(
 def _version(packed: Tensor, weight: _Checked) -> int:
     """Grows whenever torch changes what a launch with overlap reads early."""
     if not weight.counts_changes:
-        return _UNKNOWN
+        return UNKNOWN
     version: int = packed._version + weight.scales._version
     return version if weight.zeros is None else version + weight.zeros._version
 

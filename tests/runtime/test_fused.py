@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import w4a16
-from w4a16 import fused, fused_ops, torch_ops
+from w4a16 import fused, fused_ops, overlap, torch_ops
 from w4a16.fused_weights import GPTQTensors
 from w4a16.library import LIBRARY, RUN_OVERLAP, Device, GptqArgs, Norm, NormQkvArgs, QuantOp
 from w4a16.tactics import Plan
@@ -521,6 +525,74 @@ def test_a_launch_overlaps_once_the_same_weight_was_launched_without(
     assert [flags(), flags(), flags()] == [0, RUN_OVERLAP, RUN_OVERLAP]
     given.scales[1].mul_(2)
     assert [flags(), flags()] == [0, RUN_OVERLAP]
+
+
+def launch(host: HostLaunches, x: Any, given: Any, arguments: Any) -> int:
+    """The flags of the call's first launch."""
+    before = len(host.seen)
+    called = OPS._gptq_cuda if isinstance(given, GPTQTensors) else OPS._qkv_cuda
+    called(Norm.LAYER, x, None, None, EPS, *arguments)
+    return int(host.seen[before]["flags"])
+
+
+WEIGHTS: dict[str, Callable[..., Any]] = {"packed": fuse, "a checkpoint's": plain}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_nothing_overlaps_with_the_kernel_before_where_that_is_off(
+    kind: str, host: HostLaunches, x: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "enabled", True)
+    given = WEIGHTS[kind](case(96))
+    _, arguments = operator(given)
+    w4a16.set_overlap(False)
+    assert [launch(host, x, given, arguments) for _ in range(2)] == [0, 0]
+    w4a16.set_overlap(True)
+    assert [launch(host, x, given, arguments) for _ in range(2)] == [0, RUN_OVERLAP]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_another_tensor_at_the_same_address_is_another_weight(
+    kind: str, host: HostLaunches, x: Any
+) -> None:
+    given = WEIGHTS[kind](case(96))
+    arguments = list(operator(given)[1])
+    assert [launch(host, x, given, arguments) for _ in range(2)] == [0, RUN_OVERLAP]
+    scales = arguments[1]
+    # Its changes are counted apart from those of the tensor that it shares memory with.
+    arguments[1] = scales.data if isinstance(scales, torch.Tensor) else [t.data for t in scales]
+    assert [launch(host, x, given, arguments) for _ in range(2)] == [0, RUN_OVERLAP]
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_launch_leaves_a_weight_that_can_be_copied_and_saved(
+    kind: str, host: HostLaunches, x: Any
+) -> None:
+    given = WEIGHTS[kind](case(96))
+    _, arguments = operator(given)
+    launch(host, x, given, arguments)
+    file = io.BytesIO()
+    torch.save(arguments[0], file)
+    file.seek(0)
+    for values in (copy.deepcopy(arguments[0]), torch.load(file, weights_only=True)):
+        assert not values.__dict__.get("_w4a16_fused")
+        assert torch.equal(values, arguments[0])
+        again = [launch(host, x, given, [values, *arguments[1:]]) for _ in range(2)]
+        assert again == [0, RUN_OVERLAP]
+
+
+def test_a_launch_keeps_no_weight_alive(host: HostLaunches, x: Any) -> None:
+    for make in WEIGHTS.values():
+        given = make(case(96))
+        _, arguments = operator(given)
+        launch(host, x, given, arguments)
+        gc.disable()
+        try:
+            values = weakref.ref(arguments[0])
+            del arguments, given
+            assert values() is None
+        finally:
+            gc.enable()
 
 
 def test_without_rows_nothing_is_launched(host: HostLaunches) -> None:

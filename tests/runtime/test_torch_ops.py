@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -439,6 +440,27 @@ def test_what_is_prepared_for_shapes_does_not_grow_without_end(
         x = torch.randn(m, product.case.k).half()
         close(LAUNCH(x, *product.weight, *product.sizes), product.exact(x))
         assert len(product.weight[0]._w4a16.launches) <= 4
+
+
+def test_threads_may_launch_one_weight_at_once_with_any_shapes(
+    kernels: HostKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ops, "_MOST_LAUNCHES", 3)
+    product = Product(8, bias=True)
+    given = [torch.randn(m, product.case.k).half() for m in range(1, 6)]
+    wanted = [LAUNCH(x, *product.weight, *product.sizes) for x in given]
+    go = threading.Barrier(6)
+
+    def launch(thread: int) -> None:
+        go.wait()
+        for turn in range(20):
+            m = (thread + turn) % 5
+            assert torch.equal(LAUNCH(given[m], *product.weight, *product.sizes), wanted[m])
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(launch, thread) for thread in range(6)]:
+            done.result()
+    assert len(kernels.launches) == 5 + 6 * 20
 
 
 def test_activations_that_are_wrong_are_refused_for_a_shape_that_was_right(

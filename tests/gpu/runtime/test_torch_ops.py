@@ -265,6 +265,33 @@ def test_weights_that_torch_changes_between_launches_that_overlap_are_not_read_e
         assert torch.equal(result, wanted[place // 3 % 2]), place
 
 
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_weights_that_another_stream_changes_are_not_read_before_the_event_that_says_so(
+    m: int,
+) -> None:
+    one, other = (Product("zeros and bias", seed=seed) for seed in (1, 2))
+    x = one.x(m)
+    weight = [tensor if tensor is None else tensor.clone() for tensor in one.weight]
+    wanted = [OPS.linear(x, *product.arguments) for product in (one, other)]
+    side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+    for turn in range(6):
+        source = (other, one)[turn % 2]
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(5_000_000)
+            for tensor, new in zip(weight, source.weight, strict=True):
+                if tensor is not None:
+                    tensor.copy_(new)
+            first = OPS.linear(x, *weight, one.k, one.n)  # without overlap
+        # A launch that lets the next one begin, long before the weight is there.
+        OPS.linear(x, *other.arguments)
+        main.wait_stream(side)
+        found = OPS.linear(x, *weight, one.k, one.n)
+        expected = wanted[1 - turn % 2]
+        assert torch.equal(found, expected), turn
+        assert torch.equal(first, expected), turn
+
+
 def test_launches_give_the_same_bits_with_and_without_overlap(product: Product) -> None:
     x = product.x(8)
     OPS.linear(x, *product.arguments)
