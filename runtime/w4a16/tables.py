@@ -117,6 +117,11 @@ class Ranked(NamedTuple):
     source: str
     """``"measured"``, or ``"rule: like N = …"``; empty if there is nothing to say."""
 
+    @property
+    def measured(self) -> bool:
+        """Whether these are the problem's own times, not its neighbours'."""
+        return self.source == "measured"
+
 
 # ---- Cases ----
 

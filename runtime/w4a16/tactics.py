@@ -96,16 +96,30 @@ def generation() -> object:
     return _plans
 
 
+_OWN_RULE = "library's rule"
+
+
 def choose(device: int, problem: Problem) -> Choice:
     """The tactic that :func:`plan` takes, and why."""
     known = _knowledge(device)
     case = tables.case_of(problem.quant_op, problem.group_size, problem.n, problem.k)
     ranked = tables.rank(known.entries, case, problem.m, known.sm_count, _by_name())
+    auto = LIBRARY.auto_tactic(problem)
+    # How a decode tactic's tiles fill the GPU depends on N alone, which the library's rule knows
+    # better than other shapes do.
+    decodes = LIBRARY.tactics[auto].kind == "decode"
+    if decodes and not ranked.measured and not _knows_shape(known.entries, case):
+        return Choice(auto, _OWN_RULE)
     for name, _ in ranked.tactics:
         tactic = LIBRARY.tactics[LIBRARY.tactic_index[name]]
         if accurate(tactic, problem) and not LIBRARY.why_unsupported(tactic.index, problem):
             return Choice(tactic.index, ranked.source)
-    return Choice(LIBRARY.auto_tactic(problem), "library's rule")
+    return Choice(auto, _OWN_RULE)
+
+
+def _knows_shape(entries: tables.Entries, case: tables.Case) -> bool:
+    """Whether N and K were measured, in any group size."""
+    return any((other.n, other.k) == (case.n, case.k) for other in entries)
 
 
 def accurate(tactic: Tactic, problem: Problem) -> bool:

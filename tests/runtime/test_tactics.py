@@ -15,7 +15,7 @@ from w4a16.errors import ArgumentError, UnsupportedError, W4A16Warning
 from w4a16.library import LIBRARY, Problem, QuantOp
 from w4a16.tables import Case, Table
 
-from .tactics_fakes import FakeLibrary, key
+from .tactics_fakes import FakeLibrary, decode, key
 
 PLAIN = Case(QuantOp.GROUP_SCALE, 128, 4096, 4096)
 ZERO = PLAIN._replace(quant_op=QuantOp.GROUP_SCALE_ZERO)
@@ -85,6 +85,20 @@ def test_a_shape_that_no_table_has_takes_what_its_neighbours_tell(tmp_path: Path
     assert name == WIDE
     assert source.startswith("rule: like N = 4096")
     assert chosen(PLAIN._replace(n=64), 64)[1] == "library's rule"
+
+
+def test_a_shape_that_no_table_has_takes_the_decode_tactic_of_the_librarys_rule(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ours = len(library.tactics)
+    library.tactics = (*library.tactics, decode(ours, 64, 8))
+    monkeypatch.setattr(library, "auto_tactic", lambda problem: ours)
+    ship(tmp_path, {PLAIN: {64: {WIDE: 1.0, SMALL: 1.5}}})
+    problem = Problem(quant_op=PLAIN.quant_op, m=64, n=4608, k=4096, group_size=128)
+    assert tactics.choose(0, problem) == tactics.Choice(ours, "library's rule")
+    assert chosen(PLAIN, 64) == (WIDE, "measured")
+    name, source = chosen(PLAIN._replace(group_size=64), 64)
+    assert (name, source[:5]) == (WIDE, "rule:"), "its shape was measured in another group size"
 
 
 def test_a_tactic_that_cannot_run_gives_way_to_the_next(tmp_path: Path) -> None:
