@@ -67,7 +67,9 @@ def test_no_peer_that_is_there_is_wrong(measured: tuple[results.Result, Path]) -
     assert not wrong
 
 
-def test_the_floor_is_in_microseconds_and_the_rate_in_teraflops(measured: tuple[results.Result, Path]) -> None:
+def test_the_floor_is_in_microseconds_and_the_rate_in_teraflops(
+    measured: tuple[results.Result, Path],
+) -> None:
     result = measured[0]
     if shutil.which("nvcc") is None and not result.reads:
         pytest.skip("no nvcc, and so no read kernel")
