@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.suite import environment
 from benchmarks.suite.contenders.base import brief
 from benchmarks.suite.errors import Missing, ResultError, UsageError
+from benchmarks.suite.plots import figures_or
 from benchmarks.suite.report import put
 from benchmarks.suite.stats import Summary, summary
 
@@ -515,16 +516,10 @@ def failed(result: Result) -> list[Row]:
 
 def draw(result: Result, path: Path) -> None:
     """Time against M for each set of widths; raises :class:`Missing` without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Missing(
-            f"matplotlib cannot be imported ({error}); on a machine that has it:"
-            f" python -m benchmarks.fusion --report {path.with_name('fusion.json')}"
-            f" --out {path.parent}"
-        ) from None
+    stored = path.with_name("fusion.json")
+    figure_type = figures_or(f"python -m benchmarks.fusion --report {stored} --out {path.parent}")
     sets = list(dict.fromkeys(row.widths for row in result.rows))
-    figure: Any = Figure(figsize=(6.5 * max(1, len(sets)), 5), layout="constrained")
+    figure = figure_type(figsize=(6.5 * max(1, len(sets)), 5), layout="constrained")
     for place, widths in enumerate(sets, 1):
         axes = figure.add_subplot(1, len(sets), place)
         for contender in dict.fromkeys(row.contender for row in result.rows):

@@ -16,15 +16,20 @@ from benchmarks.suite.results import CaseResult, Mode, Result
 from benchmarks.suite.tables import Pick
 
 
-def draw(result: Result, folder: Path) -> list[Path]:
-    """The files drawn; raises :class:`Missing` without matplotlib."""
+def figures_or(command: str) -> Any:
+    """matplotlib's Figure; raises :class:`Missing` with the command that draws elsewhere."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise Missing(
-            f"matplotlib cannot be imported ({error}); on a machine that has it:"
-            f" python -m benchmarks.suite.report {folder / 'result.json'}"
+            f"matplotlib cannot be imported ({error}); on a machine that has it: {command}"
         ) from None
+    return Figure
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """The files drawn; raises :class:`Missing` without matplotlib."""
+    figure_type = figures_or(f"python -m benchmarks.suite.report {folder / 'result.json'}")
     kinds = tables.quantisations(result)
     if not kinds:
         return []
@@ -32,9 +37,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
     rows = tables.with_rows(result, group, zeros)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
-        "time.png": _times(Figure, result, group, zeros),
-        "floor.png": _fractions(Figure, result, rows),
-        "ratio.png": _ratios(Figure, result, rows),
+        "time.png": _times(figure_type, result, group, zeros),
+        "floor.png": _fractions(figure_type, result, rows),
+        "ratio.png": _ratios(figure_type, result, rows),
     }
     written = []
     for name, figure in figures.items():

@@ -52,7 +52,6 @@ _SCHEMAS = {
 _NAMES = {Norm.LAYER: "layernorm", Norm.RMS: "rmsnorm"}
 
 _HALF = torch.float16
-_capturing: Any = torch.cuda.is_current_stream_capturing
 #: Rows and columns of the GEMM's tiles, about.
 _TILE = 128
 
@@ -164,7 +163,7 @@ def _request(
 class _Known(torch_ops.Remembered):
     """Tensors that were found to make up a weight, kept with that of its quantised values."""
 
-    __slots__ = ("counts_changes", "held", "key", "launched")
+    __slots__ = ("counts_changes", "held", "key")
 
     def __init__(self, key: tuple[Any, ...], values: Tensor, held: Sequence[Tensor | None]) -> None:
         """``held`` is all but ``values``, which holds this."""
@@ -380,9 +379,9 @@ class _Overlap:
         self.flags = RUN_OVERLAP if self._version == weight.launched else 0
 
     def launched(self) -> None:
-        """The launch succeeded; one that is captured does not run now."""
-        if self.flags == 0 and self._version >= 0 and not _capturing():
-            self._weight.launched = self._version
+        """The launch succeeded."""
+        if self.flags == 0:
+            self._weight.ran_plainly(self._version)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:

@@ -104,17 +104,17 @@ def choose(device: int, problem: Problem) -> Choice:
     known = _knowledge(device)
     case = tables.case_of(problem.quant_op, problem.group_size, problem.n, problem.k)
     ranked = tables.rank(known.entries, case, problem.m, known.sm_count, _by_name())
-    auto = LIBRARY.auto_tactic(problem)
-    # How a decode tactic's tiles fill the GPU depends on N alone, which the library's rule knows
-    # better than other shapes do.
-    decodes = LIBRARY.tactics[auto].kind == "decode"
-    if decodes and not ranked.measured and not _knows_shape(known.entries, case):
-        return Choice(auto, _OWN_RULE)
+    if not ranked.measured and not _knows_shape(known.entries, case):
+        # How a decode tactic's tiles fill the GPU depends on N alone, which the library's rule
+        # knows better than other shapes do.
+        auto = LIBRARY.auto_tactic(problem)
+        if LIBRARY.tactics[auto].kind == "decode":
+            return Choice(auto, _OWN_RULE)
     for name, _ in ranked.tactics:
         tactic = LIBRARY.tactics[LIBRARY.tactic_index[name]]
         if accurate(tactic, problem) and not LIBRARY.why_unsupported(tactic.index, problem):
             return Choice(tactic.index, ranked.source)
-    return Choice(auto, _OWN_RULE)
+    return Choice(LIBRARY.auto_tactic(problem), _OWN_RULE)
 
 
 def _knows_shape(entries: tables.Entries, case: tables.Case) -> bool:

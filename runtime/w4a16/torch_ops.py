@@ -194,7 +194,15 @@ class _Prepared(NamedTuple):
 class Remembered:
     """What is kept with a tensor for its next launch, and not copied or saved with it."""
 
-    __slots__ = ()
+    __slots__ = ("launched",)
+
+    launched: int
+    """The version of the weight that was last launched without overlap; -1: none was."""
+
+    def ran_plainly(self, version: int) -> None:
+        """The weight of that version was launched without overlap: later launches may overlap."""
+        if version >= 0 and not _capturing():  # a launch that is captured does not run now
+            self.launched = version
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies of the tensor are checked anew. Whatever torch.load trusts, and is not true."""
@@ -211,7 +219,7 @@ class _Checked(Remembered):
     __slots__ = (
         *("scales", "zeros", "columns", "bias", "in_given", "out_given"),
         *("bytes", "scale_count", "addresses", "device", "n", "k", "in_features", "out_features"),
-        *("quant_op", "group_size", "pads_bias", "launches", "counts_changes", "launched"),
+        *("quant_op", "group_size", "pads_bias", "launches", "counts_changes"),
     )
 
     def __init__(
@@ -253,7 +261,6 @@ class _Checked(Remembered):
         )
         read_early = (packed, scales) if zeros is None else (packed, scales, zeros)
         self.counts_changes = not any(tensor.is_inference() for tensor in read_early)
-        #: What :func:`_version` gave when the weight was last launched without overlap.
         self.launched = -1
         self.pads_bias = bias is not None and bias.shape[0] != self.n
         self.launches: dict[Any, _Prepared] = {}
@@ -299,11 +306,6 @@ class _Checked(Remembered):
         if tactic == AUTO:
             return plan(self.device, self.quant_op, *problem)
         return tactic, _workspace_size(self.device, tactic, self.quant_op, *problem)
-
-    def ran_plainly(self, version: int) -> None:
-        """The weight of that version was launched without overlap: later launches may overlap."""
-        if version >= 0 and not _capturing():  # a launch that is captured does not run now
-            self.launched = version
 
 
 def _linear_cuda(

@@ -446,7 +446,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> HostLaunches:
         "_empty_cuda",
         lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype),
     )
-    monkeypatch.setattr(fused_ops, "_capturing", lambda: False)
+    monkeypatch.setattr(torch_ops, "_capturing", lambda: False)
     monkeypatch.setattr(fused_ops, "plan", lambda *problem: Plan(problem[3] % 7 % 2, 0))
     found = Device(
         device=0, cc_major=9, cc_minor=0, sm_count=132, driver_version=13000, name="H", problem=""
@@ -519,9 +519,9 @@ def test_a_launch_overlaps_once_the_same_weight_was_launched_without(
         OPS._qkv_cuda(Norm.LAYER, x, None, None, EPS, *arguments)
         return int(host.seen[-1]["flags"])
 
-    monkeypatch.setattr(fused_ops, "_capturing", lambda: True)
+    monkeypatch.setattr(torch_ops, "_capturing", lambda: True)
     assert [flags(), flags()] == [0, 0]
-    monkeypatch.setattr(fused_ops, "_capturing", lambda: False)
+    monkeypatch.setattr(torch_ops, "_capturing", lambda: False)
     assert [flags(), flags(), flags()] == [0, RUN_OVERLAP, RUN_OVERLAP]
     given.scales[1].mul_(2)
     assert [flags(), flags()] == [0, RUN_OVERLAP]
