@@ -189,7 +189,8 @@ class WideChoice(Model):
         tile = self.stage_k * (self.rows // 2 + self.tokens * 2)
         scales = 2 * self.stage_k // 64 * self.rows * 2  # groups of 64, with zeros
         sums = self.sets * self.tokens * (self.rows + 4) * 4
-        _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 2 * self.sets)
+        received = (self.cluster - 1) * (self.tokens // self.cluster) * self.rows * 4
+        _refuse_few_stages(tile, scales, sums + received, self.ctas_per_sm, 2 * self.sets)
         return self
 
 

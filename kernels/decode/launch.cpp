@@ -94,6 +94,9 @@ int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1
 } // namespace
 
 cudaError_t launch(const Kernel &kernel, const Launch &launch) {
+    if (launch.shares > kernel.most_shares) {
+        return cudaErrorInvalidConfiguration;
+    }
     CUtensorMap weights;
     CUtensorMap activations;
     CUtensorMap scales;

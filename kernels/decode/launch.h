@@ -21,6 +21,7 @@ struct Kernel {
     int rows;          // of a CTA's tile: columns of W
     int tokens;
     int stage_k;
+    int most_shares; // of K, that CTAs of a cluster can have
     int shared_bytes;
     int threads;
     bool small_boxes;                     // with M below `tokens`, boxes of activations have M rows
@@ -33,8 +34,8 @@ inline std::atomic<std::uint64_t> prepared_devices{0};
 // In a unit that nvcc compiles.
 template <typename Shape, Function function>
 constexpr Kernel kernel_of() {
-    return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::shared_bytes, Shape::threads,
-        Shape::small_boxes, &prepared_devices<function>};
+    return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::most_shares, Shape::shared_bytes,
+        Shape::threads, Shape::small_boxes, &prepared_devices<function>};
 }
 
 struct Launch {

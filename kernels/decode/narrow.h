@@ -38,6 +38,7 @@ struct NarrowShape {
     static constexpr int sums_bytes = shares * tokens * sums_pitch * 4;
     static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
     static constexpr int shared_bytes = Ring::bytes;
+    static constexpr int most_shares = 1;
     static constexpr bool small_boxes = tokens == 8; // of activations, see narrow_box_tokens
 };
 

@@ -55,8 +55,8 @@ __device__ __forceinline__ bool barrier_try(std::uint32_t barrier, int parity) {
     return done != 0;
 }
 
-__device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity) {
-    while (!barrier_try(barrier, parity)) {
+__device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity, bool enabled = true) {
+    while (enabled && !barrier_try(barrier, parity)) {
     }
 }
 
@@ -151,9 +151,14 @@ __device__ __forceinline__ int cluster_rank() {
     return static_cast<int>(rank);
 }
 
-// Waits for every thread of the cluster that has not exited; what they wrote to shared memory is visible after it.
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Every thread of the cluster that has not exited arrives, and then waits for the others: what they wrote to shared
+// memory before they arrived is visible after it.
+__device__ __forceinline__ void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // The place of a shared-memory address of this CTA in the CTA `rank` of the cluster.
@@ -163,13 +168,10 @@ __device__ __forceinline__ std::uint32_t remote_address(std::uint32_t address, i
     return remote;
 }
 
-__device__ __forceinline__ float4 load_remote(std::uint32_t address) {
-    float4 value;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-                 : "r"(address)
+__device__ __forceinline__ void store_remote(std::uint32_t address, float4 value) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w)
                  : "memory");
-    return value;
 }
 
 // Lets the next kernel's CTAs start as soon as there is room for them.

@@ -79,7 +79,7 @@ using FittingRing = Ring<rows, tokens, stage_k, smallest_group, zeros,
     stages != 0 ? stages
                 : stages_that_fit(Ring<rows, tokens, stage_k, smallest_group, zeros, 1>::stage_bytes, ctas_per_sm)>;
 
-// Where a consumer that takes every `step`-th fill of a ring stands.
+// Where a consumer that takes every `step`-th fill of a ring stands, or looks to.
 template <typename Ring>
 struct Cursor {
     int stage;

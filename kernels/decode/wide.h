@@ -47,6 +47,16 @@ struct WideShape {
     static constexpr int sums_pitch = rows + 4; // keeps the four lanes of a row pair in different banks
     static constexpr int sums_bytes = sets * tokens * sums_pitch * 4;
     static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
+
+    // CTAs that can share K: what they send to one of them comes after its partial sums.
+    static constexpr bool shared_by(int shares) {
+        return tokens % shares == 0 && sums_bytes + (shares - 1) * (tokens / shares) * rows * 4 <= Ring::scales_at;
+    }
+    // From the middle of a stage on, what the next one needs may take the place of what was used up; else every stage begins
+    // with the latencies of a barrier and of shared memory.  With few tokens and several sets other warps hide those,
+    // and a stage that is further ahead is awaited in vain (measured: 5 to 9 % slower; 5 to 15 % faster here).
+    static constexpr bool reads_ahead = sets == 1 || tokens >= 128;
+    static constexpr int most_shares = shared_by(8) ? 8 : shared_by(4) ? 4 : shared_by(2) ? 2 : 1;
     static constexpr int shared_bytes = Ring::bytes;
     static constexpr bool small_boxes = false;
 };
@@ -66,6 +76,10 @@ __device__ __forceinline__ __half2 convert_high(std::uint32_t word) {
     asm("lop3.b32 %0, %1, 0x00F000F0, 0x64006400, 0xEA;" : "=r"(bits) : "r"(word));
     return __hfma2(*reinterpret_cast<__half2 *>(&bits), __half2half2(__ushort_as_half(0x2C00)),
         __half2half2(__ushort_as_half(0xD480))); // / 16 - 72
+}
+
+__device__ __forceinline__ float4 sum_of(float4 a, float4 b) {
+    return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
 // The sums of one warpgroup's lane: `part` over the group at hand, where scales are folded, and `total`.
@@ -146,36 +160,50 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
 
     WideSums<Shape> sums;
     std::uint32_t operand[buffers][8] = {};
-    int last_stage = 0;
-    Cursor<Ring> at(set);
-    for (int block = set; block < blocks; block += Shape::sets) {
-        barrier_wait(ring.full(at.fill), at.parity);
-        const std::uint32_t words = ring.weights(at.stage);
-        const std::uint64_t tile = first_tile + at.stage * (Ring::tile_bytes / 16);
-        const std::uint32_t scale_line = ring.scales(at.stage) + row * 2;
-        __half2 scale[2];
-        __half2 zero[2];
-        std::uint32_t word[spans][2];
+    std::uint32_t word[spans][2];
+    [[maybe_unused]] __half2 scale[2];
+    [[maybe_unused]] __half2 zero[2];
+    const auto load_words = [&](int stage, int span) {
+        const std::uint32_t from = ring.weights(stage) + word_offset[span];
+        word[span][0] = load_word(from);
+        word[span][1] = load_word(from + 8 * row_bytes);
+    };
+    const auto load_scales = [&](int stage, int span) { // of 64 of K, the smallest group
+        const std::uint32_t from =
+            ring.scales(stage) + row * 2 + (span / 2 * 64 >> problem.group_shift) * Ring::scale_row_bytes;
 #pragma unroll
-        for (int span = 0; span < spans; ++span) {
-            word[span][0] = load_word(words + word_offset[span]);
-            word[span][1] = load_word(words + word_offset[span] + 8 * row_bytes);
-        }
-        // No branch in here: ptxas serialises every wgmma (C7513) where one leads past a group in flight.
-#pragma unroll
-        for (int span = 0; span < spans; ++span) {
-            if (!Shape::folded && span % 2 == 0) {
-                const std::uint32_t scales_here =
-                    scale_line + (span / 2 * 64 >> problem.group_shift) * Ring::scale_row_bytes;
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    scale[side] = __half2half2(load_half(scales_here + side * 16));
-                    if (Shape::zeros) {
-                        zero[side] = __half2half2(
-                            load_half(scales_here + side * 16 + Ring::zeros_after));
-                    }
-                }
+        for (int side = 0; side < 2; ++side) {
+            scale[side] = __half2half2(load_half(from + side * 16));
+            if (Shape::zeros) {
+                zero[side] = __half2half2(load_half(from + side * 16 + Ring::zeros_after));
             }
+        }
+    };
+    Cursor<Ring> at(set);
+    const auto open_stage = [&]() {
+        barrier_wait(ring.full(at.fill), at.parity);
+#pragma unroll
+        for (int span = 0; span < spans; ++span) {
+            load_words(at.stage, span);
+        }
+        if (!Shape::folded) {
+            load_scales(at.stage, 0);
+        }
+    };
+    if (Shape::reads_ahead && set < blocks) {
+        open_stage();
+    }
+    int last_stage = 0;
+    for (int block = set; block < blocks; block += Shape::sets) {
+        if (!Shape::reads_ahead) {
+            open_stage();
+        }
+        const std::uint64_t tile = first_tile + at.stage * (Ring::tile_bytes / 16);
+        Cursor<Ring> next = at;
+        next.advance(Shape::sets);
+        // No branch in here but the wait: ptxas serialises every wgmma (C7513) where one leads past a group in flight.
+#pragma unroll
+        for (int span = 0; span < spans; ++span) {
             std::uint32_t(&a)[8] = operand[span % buffers];
             wgmma_wait<buffers - 1>();
             hold(a);
@@ -195,6 +223,16 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
                                                             : __hmul2(q[i], scale[side]));
                 }
             }
+            if (Shape::reads_ahead && span == spans / 2) {
+                barrier_wait(ring.full(next.fill), next.parity, block + Shape::sets < blocks);
+            }
+            if (Shape::reads_ahead && span >= spans / 2) {
+                load_words(next.stage, (span - spans / 2) * 2);
+                load_words(next.stage, (span - spans / 2) * 2 + 1);
+            }
+            if (!Shape::folded && span % 2 == 1 && (span + 1 < spans || Shape::reads_ahead)) {
+                load_scales(span + 1 < spans ? at.stage : next.stage, (span + 1) % spans);
+            }
             if (Shape::folded && span % 4 == 0) {
                 wgmma_wait<0>();
 #pragma unroll
@@ -203,7 +241,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
                 }
                 sums.fold();
                 const std::uint32_t scales_here =
-                    scale_line + (span / 4 * 128 >> problem.group_shift) * Ring::scale_row_bytes;
+                    ring.scales(at.stage) + row * 2 + (span / 4 * 128 >> problem.group_shift) * Ring::scale_row_bytes;
                 sums.scale[0] = __half2float(load_half(scales_here));
                 sums.scale[1] = __half2float(load_half(scales_here + 16));
             }
@@ -222,7 +260,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
             wgmma_commit();
         }
         last_stage = at.stage;
-        at.advance(Shape::sets);
+        at = next;
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -233,42 +271,66 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         sums.fold();
     }
 
-    // Every fill has been waited for by some warp, so after this barrier the stages are free.
+    // Every fill has been waited for by some warp, so when all of them are here the stages are free.
+    const bool alone = shares == 1;
+    if (!alone) {
+        arrive_at_cluster(); // the others may send their sums
+    }
     constexpr int pitch = Shape::sums_pitch;
-    float *partial = reinterpret_cast<float *>(shared);
+    float *const partial = reinterpret_cast<float *>(shared);
+    float4 *const received = reinterpret_cast<float4 *>(shared + Shape::sums_bytes);
     sync_threads(1, Shape::consumers);
 #pragma unroll
     for (int i = 0; i < tokens / 2; ++i) {
         const int token = i / 4 * 8 + lane % 4 * 2 + i % 2;
         partial[(set * tokens + token) * pitch + row + i / 2 % 2 * 8] = sums.total[i];
     }
-    if (shares > 1) {
-        sync_cluster();
-    } else {
-        sync_threads(1, Shape::consumers);
+    sync_threads(1, Shape::consumers);
+
+    // Each CTA of the cluster finishes its share of the tokens, four rows at a time.  The others add up theirs over the
+    // sets and send them: a store waits for nothing, a load from another SM would take a microsecond.
+    constexpr int quads = Shape::rows / 4;
+    const int own_tokens = tokens / shares;
+    const auto sum_of_sets = [&](int token, int quad) {
+        float4 total = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int s = 0; s < Shape::sets; ++s) {
+            total = sum_of(total, *reinterpret_cast<const float4 *>(partial + (s * tokens + token) * pitch + quad * 4));
+        }
+        return total;
+    };
+    const int present = min(problem.m - first_token, tokens);
+    if (!alone) {
+        wait_for_cluster();
+        for (int other = 1; other < shares; ++other) {
+            const int to = share + other < shares ? share + other : share + other - shares;
+            const int slot = share < to ? share : share - 1;
+            const std::uint32_t place = remote_address(shared_address(received + slot * own_tokens * quads), to);
+#pragma unroll 2
+            for (int i = threadIdx.x; i < own_tokens * quads; i += Shape::consumers) {
+                const int token = to * own_tokens + i / quads;
+                if (token < present) {
+                    store_remote(place + i * 16, sum_of_sets(token, i % quads));
+                }
+            }
+        }
+        arrive_at_cluster();
+        wait_for_cluster();
     }
-    // Each CTA of the cluster adds up and writes its share of the rows, four at a time.
-    const int quads = Shape::rows / 4;
-    const int first_quad = quads * share / shares;
-    const int own_quads = quads * (share + 1) / shares - first_quad;
-    const int own_tokens = min(problem.m - first_token, tokens);
-    for (int i = threadIdx.x; i < own_tokens * own_quads; i += Shape::consumers) {
-        const int token = i / own_quads;
-        const int quad_row = (first_quad + i % own_quads) * 4;
-        const int n = first_row + quad_row;
-        if (n >= problem.n) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < own_tokens * quads; i += Shape::consumers) {
+        const int token = share * own_tokens + i / quads;
+        const int n = first_row + i % quads * 4;
+        if (token >= present || n >= problem.n) {
             continue;
         }
-        float4 total = {0.f, 0.f, 0.f, 0.f};
-        for (int from = 0; from < shares; ++from) {
-#pragma unroll
-            for (int s = 0; s < Shape::sets; ++s) {
-                const std::uint32_t place = shared_address(partial + (s * tokens + token) * pitch + quad_row);
-                const float4 part = load_remote(remote_address(place, from));
-                total.x += part.x;
-                total.y += part.y;
-                total.z += part.z;
-                total.w += part.w;
+        float4 total = sum_of_sets(token, i % quads);
+        if (!alone) { // in the order of their parts of K, whoever adds them up
+            const float4 own = total;
+            total = {0.f, 0.f, 0.f, 0.f};
+            for (int from = 0; from < shares; ++from) {
+                const int slot = from < share ? from : from - 1;
+                total = sum_of(total, from == share ? own : received[slot * own_tokens * quads + i]);
             }
         }
         if (problem.bias != nullptr) {
@@ -279,9 +341,6 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         }
         const __half2 out[2] = {__floats2half2_rn(total.x, total.y), __floats2half2_rn(total.z, total.w)};
         *reinterpret_cast<uint2 *>(problem.place(first_token + token, n)) = *reinterpret_cast<const uint2 *>(out);
-    }
-    if (shares > 1) {
-        sync_cluster(); // nobody leaves while others read its sums
     }
 }
 
