@@ -322,6 +322,10 @@ def check_gates(
             lacking = [readable(kernel) for kernel in decode if not kernel.code.opcodes.get(opcode)]
             name = f"SASS of every {kind} decode kernel has {opcode}"
             yield _empty(name, lacking, f"in all {len(decode)}", "not in")
+        if kind == "wide" and decode:
+            serial = [readable(kernel) for kernel in decode if _waits_for_each_wgmma(kernel)]
+            name = "wgmmas of every wide decode kernel overlap with other work"
+            yield _empty(name, serial, f"in all {len(decode)}", "ptxas serialised them in")
     spilling = [
         f"{readable(kernel)} ({kernel.spill_bytes} B)"
         for kernel in kernels
@@ -333,6 +337,13 @@ def check_gates(
         ok=facts.size <= gates.library_bytes,
         detail=f"{facts.size} B",
     )
+
+
+def _waits_for_each_wgmma(kernel: DeviceKernel) -> bool:
+    """Whether ptxas put a wait behind each one (its remarks C7510 to C7519): one arrival and one
+    wait then surround every HGMMA, and otherwise at least two HGMMAs share such a pair."""
+    opcodes = kernel.code.opcodes
+    return 2 * opcodes.get("WARPGROUP", 0) > 3 * opcodes.get("HGMMA", 0)
 
 
 # --- the dispatcher ------------------------------------------------------------------------------

@@ -29,7 +29,12 @@ struct NarrowShape {
     static constexpr int tokens = 8 * token_tiles;
     static constexpr int shares = warps / row_groups; // of K
     static constexpr int sets = shares / 2;
-    static constexpr int threads = (warps + producer_warps) * warp_size;
+    // As in WideShape: sums of many rows need registers that three idle warps beside the one that copies bring along.
+    static constexpr bool moves_registers = token_tiles == 2 && row_tiles > 5;
+    static constexpr int consumer_registers = 232;
+    static constexpr int producer_registers = 24;
+    static_assert(!moves_registers || warps == 8, "two warpgroups multiply");
+    static constexpr int threads = (warps + (moves_registers ? 4 : producer_warps)) * warp_size;
     static_assert(sets > 0 && warps == sets * 2 * row_groups, "every row group has as many pairs of warps");
     using Ring = FittingRing<rows, tokens, 256, group, zeros, stages_, ctas_per_sm>;
     static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
@@ -201,9 +206,17 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     }
     __syncwarp();
     __syncthreads();
-    if (warp == Shape::warps) {
-        source.feed();
+    if (warp >= Shape::warps) {
+        if constexpr (Shape::moves_registers) {
+            give_registers<Shape::producer_registers>();
+        }
+        if (warp == Shape::warps) {
+            source.feed();
+        }
         return;
+    }
+    if constexpr (Shape::moves_registers) {
+        take_registers<Shape::consumer_registers>();
     }
     source.begin(warp, Shape::warps);
 

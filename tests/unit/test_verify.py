@@ -218,6 +218,17 @@ def test_a_decode_kernel_without_an_opcode_of_the_gate_fails(
     assert ident in problem
 
 
+def test_a_wide_decode_kernel_that_waits_for_each_of_its_wgmmas_fails() -> None:
+    ident = WIDE.kernels[0].ident
+    others = [k for k in ALL if decode_key(k.name) != ident]
+    overlapping = decode_device(WIDE, ident, HGMMA=16, UTMALDG=2, WARPGROUP=19)
+    assert failed(check_gates(FACTS, [*others, overlapping], Limits(), SELECTION)) == []
+    serial = decode_device(WIDE, ident, HGMMA=16, UTMALDG=2, WARPGROUP=32)
+    (problem,) = failed(check_gates(FACTS, [*others, serial], Limits(), SELECTION))
+    assert "serialised" in problem
+    assert ident in problem
+
+
 def test_two_kernels_under_one_tactic_fail() -> None:
     (problem,) = failed(check_kernels([*ALL, gemm_device()], SELECTION))
     assert "second variant" in problem
