@@ -178,7 +178,7 @@ class WideChoice(Model):
     """A decode kernel that multiplies with wgmma."""
 
     rows: Literal[64, 128, 192, 256]
-    tokens: Literal[8, 16, 32, 64, 128]
+    tokens: Literal[8, 16, 32, 64, 128, 256]
     sets: int = Field(default=1, ge=1, le=4)
     """Of warpgroups with the same rows, which take parts of K in turn."""
     buffers: Literal[2, 4] = 2

@@ -128,7 +128,17 @@ __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Counts this warp in at a barrier that others wait at.
+// Of the warpgroup that is here as a whole.
+template <int registers>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
+template <int registers>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+
 __device__ __forceinline__ int cluster_size() {
     std::uint32_t size;
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));

@@ -30,7 +30,14 @@ struct WideShape {
     static constexpr int rows = 64 * row_groups;
     static constexpr int warpgroups = row_groups * sets;
     static constexpr int consumers = warpgroups * 128;
-    static constexpr int threads = consumers + producer_warps * warp_size;
+    // Registers come to four warps at a time, so a fifth of a kind costs as many as four more.  Where sums need what is
+    // left, the warp that copies has three idle ones beside it, and these four hand theirs to the consumers.
+    static constexpr bool moves_registers = tokens * warpgroups >= 512;
+    static constexpr int consumer_registers = warpgroups == 1 ? 256 : warpgroups == 2 ? 240 : warpgroups == 3 ? 160 : 120;
+    static constexpr int producer_registers = 24;
+    static_assert(!moves_registers || consumers * consumer_registers + 128 * producer_registers <= 65536,
+        "an SM has no more registers");
+    static constexpr int threads = consumers + (moves_registers ? 4 : producer_warps) * warp_size;
     using Ring = FittingRing<rows, tokens, stage_k_, 64, zeros, stages_, ctas_per_sm>;
     static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
     static_assert(!(zeros && folded), "a zero is added to each weight");
@@ -110,9 +117,17 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     }
     __syncwarp();
     __syncthreads();
-    if (warp == warps) {
-        source.feed();
+    if (warp >= warps) {
+        if constexpr (Shape::moves_registers) {
+            give_registers<Shape::producer_registers>();
+        }
+        if (warp == warps) {
+            source.feed();
+        }
         return;
+    }
+    if constexpr (Shape::moves_registers) {
+        take_registers<Shape::consumer_registers>();
     }
     source.begin(warp, warps);
 

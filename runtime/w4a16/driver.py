@@ -658,7 +658,10 @@ def _torch_captures() -> bool:
     cuda = getattr(torch, "cuda", None)
     if cuda is None or not cuda.is_initialized():
         return False
-    return bool(cuda.is_current_stream_capturing())
+    try:
+        return bool(cuda.is_current_stream_capturing())
+    except RuntimeError:  # of the legacy default stream, while one that waits for it is captured
+        return True
 
 
 # ---- Memory ----

@@ -476,7 +476,9 @@ def test_identity_weights_return_the_normalised_rows_up_to_one_rounding(library:
             made = Fused(library, weights, (256, 128, 128), x, ln, ln, None, joined=joined)
             found = made.run()
             expected = normalised(library, LAYER, x, ln, ln)
-            torch.testing.assert_close(found, expected, rtol=2**-10, atol=2**-12)
+            # Narrow decode kernels add up 8 times every activation in FP32, and take it away again.
+            atol = 2**-19 * float(expected.abs().double().sum(dim=1).max())
+            torch.testing.assert_close(found, expected, rtol=2**-10, atol=atol)
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["segments", "joined"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -856,6 +857,17 @@ def test_after_a_fork_the_driver_is_refused_and_nothing_is_freed(
         with pytest.raises(DeviceError, match="'spawn'"):
             made.numpy()
         assert not driver.usable()
+
+
+def test_a_default_stream_that_torch_cannot_ask_about_counts_as_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> bool:  # while a stream that the legacy one waits for is captured
+        raise RuntimeError("operation would make the legacy stream depend on a capturing stream")
+
+    cuda = SimpleNamespace(is_initialized=lambda: True, is_current_stream_capturing=refuse)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert driver.is_capturing()
 
 
 def test_without_a_driver_the_first_use_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,8 @@ def test_a_stream_may_be_destroyed_before_the_arrays_made_on_it(
     """Each consumer also sees what was put on the stream last."""
     size = 1 << 27
     framework: Any = request.getfixturevalue(consumer) if consumer in ("jax", "numba") else None
-    stream = cupy.cuda.Stream(non_blocking=non_blocking)
+    with cupy.cuda.Device(DEVICE):  # JAX may have left another one current
+        stream = cupy.cuda.Stream(non_blocking=non_blocking)
     array = DeviceArray(size, "uint8", stream=stream.ptr)
     unused = DeviceArray(3, stream=stream.ptr)
     copied = DeviceArray.from_numpy(VALUES, stream=stream.ptr)
