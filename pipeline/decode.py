@@ -87,15 +87,11 @@ class DecodeTactic:
                 for zeros in (False, True):
                     marks = ("_z" if zeros else "") + ("_norm" if normalizes else "")
                     ident = f"{self.ident}_g{group}{marks}"
-                    yield DecodeKernel(
-                        ident=ident, group=group, zeros=zeros, normalizes=normalizes
-                    )
+                    yield DecodeKernel(ident=ident, group=group, zeros=zeros, normalizes=normalizes)
         if self.kind == "wide" and self.tokens <= _MOST_FOLDED_TOKENS:
             yield DecodeKernel(ident=f"{self.ident}_g128", group=128, zeros=False, folded=True)
 
-    def kernel_for(
-        self, group: int, zeros: bool, normalizes: bool = False
-    ) -> DecodeKernel | None:
+    def kernel_for(self, group: int, zeros: bool, normalizes: bool = False) -> DecodeKernel | None:
         """Which kernel takes groups of that size (128: and larger), if any."""
         fitting = [
             kernel

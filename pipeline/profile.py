@@ -217,7 +217,7 @@ class DecodeChoice(Model):
     @classmethod
     def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         # Those that differ in nothing but that would have one name.
-        _without_repeats([entry.model_copy(update={"normalizes": False}) for entry in value])
+        _without_repeats(tuple(e.model_copy(update={"normalizes": False}) for e in value))
         return value
 
     @model_validator(mode="after")

@@ -386,7 +386,7 @@ def _launch(
 
 
 def _workspace(device: int, args: NormQkvArgs, weight: _Packed) -> int:
-    """The bytes that the call needs; its tactics are chosen, where the library is not to do that."""
+    """The bytes that the call needs; tactics are chosen here, unless the library is to do that."""
     if args.tactic[0] != AUTO or args.flags & RUN_ONE_KERNEL:
         return LIBRARY.norm_qkv_workspace(args)
     if args.m <= _MOST_ROWS_OF_ONE and not args.flags & RUN_TWO_KERNELS:
