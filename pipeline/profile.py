@@ -167,7 +167,7 @@ class NarrowChoice(Model):
         sums = shares * self.tokens * (self.rows + 4) * 4
         _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1)
         if self.normalizes:  # as kernels/decode/normalizing.h has it
-            rows, statistics = (128, 4096) if self.ctas_per_sm == 1 else (16, 2048)
+            rows, statistics = (128, 4096) if self.ctas_per_sm == 1 else (32, 2048)
             taken = rows * 1024 + statistics + 128
             tile = self.rows * 128
             _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, shares // 2, taken)

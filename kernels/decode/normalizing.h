@@ -3,8 +3,8 @@
 //
 // Rows are held in registers from the moment they arrive until they are normalised: in `row_sets` sets, each of 8 / S rows
 // that are cut into S segments, so that the 8 parts of a set are what the 8 groups of four lanes of every warp hold.  That
-// is also the form of an operand of mma.sync: with the parts above rows of ones as its first operand and the parts as its
-// second, one product has the squares' sums on its diagonal and the sums in its lower half.
+// is also the form of both operands of mma.sync: words of the parts as its first one, half of them in the upper rows and
+// half in the lower, give sums with ones as the second, and with either half sums of squares on that half's diagonal.
 //
 // A variance of such sums is good where the mean is not far larger than the deviation.  Rows for which it is are summed
 // again, as deviations from the mean, in FP32.
@@ -32,8 +32,8 @@ struct NormalizingShape : NarrowShape<row_groups, row_tiles, token_tiles, warps,
 
     // Sums of each part by each warp: of values, and of deviations.
     static constexpr int statistics_bytes = row_sets * parts_of_a_set * 8 * sizeof(float2);
-    // Room that stages leave to rows: one CTA an SM takes 8 rows of 8192 or 16 of 4096, and two take one row of 8192.
-    static constexpr int reserved_bytes = (ctas_per_sm == 1 ? 128 : 16) * 1024;
+    // Room that stages leave to rows: one CTA an SM takes 8 rows of 8192 or 16 of 4096; two of them take 4 of 4096 each.
+    static constexpr int reserved_bytes = (ctas_per_sm == 1 ? 128 : 32) * 1024;
     static constexpr int ring_bytes
         = shared_bytes_of_a_cta(ctas_per_sm) - reserved_bytes - 2 * statistics_bytes - copy_alignment;
     static constexpr int fitting = ring_bytes / Ring<Narrow::rows, 0, 256, group, zeros, 1>::stage_bytes;
@@ -45,26 +45,29 @@ struct NormalizingShape : NarrowShape<row_groups, row_tiles, token_tiles, warps,
     static constexpr int rows_at = statistics_at + 2 * statistics_bytes;
 };
 
-// Sums over the lanes that hold a row, the same bits in each.
-__device__ __forceinline__ float2 sum_of_row(float2 value, int segments_shift) {
+// Sums over the lanes that hold a row, the same bits in each: of several rows, which hide the latency of each other.
+template <int count>
+__device__ __forceinline__ void add_up_rows(float2 (&values)[count], int segments_shift) {
 #pragma unroll
     for (int distance = 1; distance < warp_size; distance *= 2) {
         if (distance < quad << segments_shift) {
-            value.x += __shfl_xor_sync(0xffffffffu, value.x, distance);
-            value.y += __shfl_xor_sync(0xffffffffu, value.y, distance);
+#pragma unroll
+            for (float2 &value : values) {
+                value.x += __shfl_xor_sync(0xffffffffu, value.x, distance);
+                value.y += __shfl_xor_sync(0xffffffffu, value.y, distance);
+            }
         }
     }
-    return value;
 }
 
-// What four lanes find of a part: each adds up what two warps have left there.
+// What four lanes find of a part that is `there`: each adds up what two warps have left.
 template <int warps>
-__device__ __forceinline__ float2 sum_of_warps(const float2 (&of_part)[8], int lane) {
+__device__ __forceinline__ float2 sum_of_warps(const float2 (&of_part)[8], bool there, int lane) {
     const int first = lane % quad * 2;
-    if (first >= warps) {
-        return make_float2(0.f, 0.f);
+    float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (there && first < warps) {
+        found = *reinterpret_cast<const float4 *>(&of_part[first]);
     }
-    const float4 found = *reinterpret_cast<const float4 *>(&of_part[first]);
     return make_float2(found.x + found.z, found.y + found.w);
 }
 
@@ -81,6 +84,14 @@ __device__ __forceinline__ uint4 load_vector(const __half *from, bool there, std
     return found;
 }
 
+// From global to shared memory, without a register.
+__device__ __forceinline__ void copy_vector(std::uint32_t to, const __half *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// For those that this thread has asked for.
+__device__ __forceinline__ void wait_for_copied_vectors() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ __forceinline__ float2 floats_of(std::uint32_t pair) {
     return __half22float2(reinterpret_cast<const __half2 &>(pair));
 }
@@ -88,6 +99,12 @@ __device__ __forceinline__ float2 floats_of(std::uint32_t pair) {
 // A word of a vector, by a number that is known when the loop around it is unrolled.
 __device__ __forceinline__ std::uint32_t &word_of(uint4 &vector, int i) {
     return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
+}
+
+// Keeps what is computed of a value from being computed ahead, where it would take registers.
+__device__ __forceinline__ int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 // A normalised value is (x - shift) * factor + offset, before weight and bias.
@@ -127,13 +144,23 @@ struct Normalizer {
 
     __device__ __forceinline__ int vector_of(int v) const { return first_vector + v * step; }
 
-    // The weight's and the bias's vector.
+    // The weight's and the bias's vector: zeros for columns of the padding, which makes those zeros, too.
     __device__ __forceinline__ void load_weights(uint4 (&found)[2], int v) const {
         constexpr std::uint32_t ones = 0x3C003C00u;
-        const int vector = vector_of(v);
+        const int vector = opaque(vector_of(v));
         const bool inside = vector < row_vectors;
-        found[0] = load_vector(norm.weight + vector * vector_halves, inside && norm.weight != nullptr, ones);
+        found[0] = load_vector(
+            norm.weight + vector * vector_halves, inside && norm.weight != nullptr, inside ? ones : 0);
         found[1] = load_vector(norm.bias + vector * vector_halves, inside && norm.bias != nullptr, 0);
+    }
+
+    // Where a vector of a row lies in shared memory.
+    __device__ __forceinline__ uint4 *place(int row, int vector) const {
+        const unsigned int tile = static_cast<unsigned int>(vector) / 8; // of 64 columns
+        const unsigned int chunk = static_cast<unsigned int>(vector) % 8;
+        const unsigned int box = narrow_box_tokens(Shape::tokens, m);
+        const unsigned int line_of_stage = tile % 4 * box + row;
+        return reinterpret_cast<uint4 *>(rows + (tile * box + row) * 128 + (chunk ^ (line_of_stage % 8)) * 16);
     }
 
     // All rows, in as few passes as registers allow.  `wait` returns when they may be read.
@@ -144,7 +171,13 @@ struct Normalizer {
         wait();
         uint4 held[row_sets][vectors];
         uint4 weights[vectors][2];
-        load(held, weights, 0, from);
+        load(held, weights, from);
+        const int pass_rows = row_sets * set_rows;
+#pragma unroll 1
+        for (int first = pass_rows; first < m; first += pass_rows) {
+            from += pass_rows * norm.x_stride;
+            fetch(first, from);
+        }
         int first = 0;
 #pragma unroll 1
         while (true) {
@@ -156,27 +189,64 @@ struct Normalizer {
             } else {
                 store<false>(held, weights, scaling, first);
             }
-            first += row_sets * set_rows;
+            first += pass_rows;
             if (first >= m) {
                 break;
             }
-            from += row_sets * set_rows * norm.x_stride;
-            load(held, weights, first, from);
+            load_fetched(held, weights, first);
             sync_threads(1, consumers); // statistics have been read
         }
     }
 
+    // The rows of the first pass, by way of registers alone.
     __device__ __forceinline__ void load(
-        uint4 (&held)[row_sets][vectors], uint4 (&weights)[vectors][2], int first, const __half *from) const {
+        uint4 (&held)[row_sets][vectors], uint4 (&weights)[vectors][2], const __half *from) const {
 #pragma unroll
         for (int q = 0; q < row_sets; ++q) {
-            const bool there = first + q * set_rows + row_in_set < m;
+            const bool there = q * set_rows + row_in_set < m;
 #pragma unroll
             for (int v = 0; v < vectors; ++v) {
                 held[q][v] = load_vector(from + v * step * vector_halves, there && vector_of(v) < row_vectors, 0);
             }
             from += set_rows * norm.x_stride;
         }
+        load_first_weights(weights);
+    }
+
+    // Those of later passes wait in shared memory, where they will lie when they are normalised.  Each thread reads and
+    // writes what it has fetched itself.
+    __device__ __forceinline__ void fetch(int first, const __half *from) const {
+#pragma unroll
+        for (int q = 0; q < row_sets; ++q) {
+            const int row = first + q * set_rows + row_in_set;
+#pragma unroll
+            for (int v = 0; v < vectors; ++v) {
+                if (row < m && vector_of(v) < row_vectors) {
+                    copy_vector(shared_address(place(row, vector_of(v))), from + v * step * vector_halves);
+                }
+            }
+            from += set_rows * norm.x_stride;
+        }
+    }
+
+    __device__ __forceinline__ void load_fetched(
+        uint4 (&held)[row_sets][vectors], uint4 (&weights)[vectors][2], int first) const {
+        load_first_weights(weights);
+        wait_for_copied_vectors();
+#pragma unroll
+        for (int q = 0; q < row_sets; ++q) {
+            const int row = first + q * set_rows + row_in_set;
+#pragma unroll
+            for (int v = 0; v < vectors; ++v) {
+                held[q][v] = make_uint4(0, 0, 0, 0);
+                if (row < m && vector_of(v) < row_vectors) {
+                    held[q][v] = *place(row, vector_of(v));
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void load_first_weights(uint4 (&weights)[vectors][2]) const {
 #pragma unroll
         for (int v = 0; v < weights_ahead; ++v) {
             load_weights(weights[v], v);
@@ -189,26 +259,27 @@ struct Normalizer {
 
     __device__ __forceinline__ void add_up(const uint4 (&held)[row_sets][vectors], int first) {
         constexpr std::uint32_t ones = 0x3C003C00u;
-        // The lanes with the diagonal; the sum of the same part is in the same column of the lower half.
         const bool diagonal = lane % quad == part / 2;
 #pragma unroll
         for (int q = 0; q < row_sets; ++q) {
             if (has_set(q, first)) {
-                float even[4] = {}; // two chains, which hide the latency of each other
-                float odd[4] = {};
+                float sum[4] = {};
+                float upper[4] = {};
+                float lower[4] = {};
 #pragma unroll
                 for (int v = 0; v < vectors; ++v) {
                     if (has_vector(v)) {
                         const uint4 &x = held[q][v];
-                        mma_16x8x16(even, x.x, ones, x.y, ones, x.x, x.y, even);
-                        mma_16x8x16(odd, x.z, ones, x.w, ones, x.z, x.w, odd);
+                        mma_16x8x16(sum, x.x, x.y, x.z, x.w, ones, ones, sum);
+                        mma_16x8x8(upper, x.x, x.y, x.x, upper);
+                        mma_16x8x8(lower, x.x, x.y, x.y, lower);
+                        mma_16x8x8(upper, x.z, x.w, x.z, upper);
+                        mma_16x8x8(lower, x.z, x.w, x.w, lower);
                     }
                 }
-                const int column = part % 2;
-                const float square = column == 0 ? even[0] + odd[0] : even[1] + odd[1];
-                const float sum = column == 0 ? even[2] + odd[2] : even[3] + odd[3];
+                const float square = part % 2 == 0 ? upper[0] + lower[2] : upper[1] + lower[3];
                 if (diagonal) {
-                    sums[q][part][warp] = make_float2(sum, square);
+                    sums[q][part][warp] = make_float2(sum[0] + sum[2], square);
                 }
             }
         }
@@ -217,24 +288,24 @@ struct Normalizer {
     // Returns whether any row has a shift; the same answer in all threads.
     __device__ __forceinline__ bool find_scaling(
         Scaling (&scaling)[row_sets], const uint4 (&held)[row_sets][vectors], int first) {
+        float2 found[row_sets];
+#pragma unroll
+        for (int q = 0; q < row_sets; ++q) {
+            found[q] = sum_of_warps<Shape::warps>(sums[q][part], has_set(q, first), lane);
+        }
+        add_up_rows(found, norm.segments_shift);
         bool careful[row_sets];
         bool any = false;
 #pragma unroll
         for (int q = 0; q < row_sets; ++q) {
-            careful[q] = false;
-            scaling[q] = {0.f, 0.f, 0.f};
-            if (has_set(q, first)) {
-                const float2 found
-                    = sum_of_row(sum_of_warps<Shape::warps>(sums[q][part], lane), norm.segments_shift);
-                const float mean = norm.rms ? 0.f : found.x * norm.inverse;
-                const float power = found.y * norm.inverse;
-                const float variance = fmaf(-mean, mean, power);
-                // A mean of four deviations costs a few bits, which is what the sums can spare.  NaNs count as well.
-                careful[q] = !norm.rms && !(variance * 16.f >= power);
-                any = any || careful[q];
-                const float factor = rsqrtf(variance + norm.eps);
-                scaling[q] = {careful[q] ? mean : 0.f, factor, -mean * factor};
-            }
+            const float mean = norm.rms ? 0.f : found[q].x * norm.inverse;
+            const float power = found[q].y * norm.inverse;
+            const float variance = fmaf(-mean, mean, power);
+            // A mean of four deviations costs a few bits, which is what the sums can spare.  NaNs count as well.
+            careful[q] = !norm.rms && !(variance * 16.f >= power);
+            any = any || careful[q];
+            const float factor = rsqrtf(variance + norm.eps);
+            scaling[q] = {careful[q] ? mean : 0.f, factor, -mean * factor};
         }
         any = __any_sync(0xffffffffu, any); // every warp has all parts, so all warps find the same
         if (any) {
@@ -247,44 +318,50 @@ struct Normalizer {
     __device__ __forceinline__ void sum_deviations(Scaling (&scaling)[row_sets], const bool (&careful)[row_sets],
         const uint4 (&held)[row_sets][vectors], int first) {
         const int segments = 1 << norm.segments_shift;
+        float2 found[row_sets];
 #pragma unroll
         for (int q = 0; q < row_sets; ++q) {
-            if (has_set(q, first)) {
-                float2 found = make_float2(0.f, 0.f);
+            found[q] = make_float2(0.f, 0.f);
+            if (!has_set(q, first)) {
+                continue;
+            }
 #pragma unroll
-                for (int v = 0; v < vectors; ++v) {
-                    if (vector_of(v) < row_vectors) {
-                        uint4 x = held[q][v];
+            for (int v = 0; v < vectors; ++v) {
+                if (vector_of(v) < row_vectors) {
+                    uint4 x = held[q][v];
 #pragma unroll
-                        for (int i = 0; i < quad; ++i) {
-                            const float2 pair = floats_of(word_of(x, i));
-                            const float low = pair.x - scaling[q].shift;
-                            const float high = pair.y - scaling[q].shift;
-                            found.x += low + high;
-                            found.y = fmaf(low, low, fmaf(high, high, found.y));
-                        }
+                    for (int i = 0; i < quad; ++i) {
+                        const float2 pair = floats_of(word_of(x, i));
+                        const float low = pair.x - scaling[q].shift;
+                        const float high = pair.y - scaling[q].shift;
+                        found[q].x += low + high;
+                        found[q].y = fmaf(low, low, fmaf(high, high, found[q].y));
                     }
                 }
-                found = sum_of_row(found, norm.segments_shift);
-                if ((lane & (quad * segments - 1)) == 0) {
-                    deviations[q][part][warp] = found;
-                }
+            }
+        }
+        add_up_rows(found, norm.segments_shift);
+        if ((lane & (quad * segments - 1)) == 0) {
+#pragma unroll
+            for (int q = 0; q < row_sets; ++q) {
+                deviations[q][part][warp] = found[q];
             }
         }
         sync_threads(1, consumers);
 #pragma unroll
         for (int q = 0; q < row_sets; ++q) {
-            if (has_set(q, first)) {
-                const int first_part = part & -segments;
-                const float2 found = sum_of_row(sum_of_warps<Shape::warps>(deviations[q][first_part], lane), 0);
-                const float correction = found.x * norm.inverse;
-                const float power = found.y * norm.inverse;
-                // fmaxf would make 0 of a NaN.
-                const float variance = isnan(power) ? power : fmaxf(fmaf(-correction, correction, power), 0.f);
-                if (careful[q]) {
-                    scaling[q].factor = rsqrtf(variance + norm.eps);
-                    scaling[q].offset = -correction * scaling[q].factor;
-                }
+            found[q] = sum_of_warps<Shape::warps>(deviations[q][part & -segments], true, lane);
+        }
+        add_up_rows(found, 0);
+#pragma unroll
+        for (int q = 0; q < row_sets; ++q) {
+            const float correction = found[q].x * norm.inverse;
+            const float power = found[q].y * norm.inverse;
+            // fmaxf would make 0 of a NaN.
+            const float variance = isnan(power) ? power : fmaxf(fmaf(-correction, correction, power), 0.f);
+            if (careful[q]) {
+                scaling[q].factor = rsqrtf(variance + norm.eps);
+                scaling[q].offset = -correction * scaling[q].factor;
             }
         }
     }
@@ -292,7 +369,6 @@ struct Normalizer {
     template <bool shifted>
     __device__ __forceinline__ void store(const uint4 (&held)[row_sets][vectors], uint4 (&weights)[vectors][2],
         const Scaling (&scaling)[row_sets], int first) const {
-        const int box = narrow_box_tokens(Shape::tokens, m);
 #pragma unroll
         for (int v = 0; v < vectors; ++v) {
             if (v * step >= padded_vectors) { // the same in all lanes
@@ -308,9 +384,7 @@ struct Normalizer {
                 weight[i] = floats_of(word_of(weights[v][0], i));
                 bias[i] = floats_of(word_of(weights[v][1], i));
             }
-            const int vector = vector_of(v);
-            const unsigned int tile = static_cast<unsigned int>(vector) / 8; // of 64 columns
-            const unsigned int chunk = static_cast<unsigned int>(vector) % 8;
+            const int vector = opaque(vector_of(v));
 #pragma unroll
             for (int q = 0; q < row_sets; ++q) {
                 if (!has_set(q, first)) {
@@ -328,13 +402,11 @@ struct Normalizer {
                     x.x = fmaf(fmaf(x.x, scaling[q].factor, scaling[q].offset), weight[i].x, bias[i].x);
                     x.y = fmaf(fmaf(x.y, scaling[q].factor, scaling[q].offset), weight[i].y, bias[i].y);
                     const __half2 halves = __floats2half2_rn(x.x, x.y);
-                    word = vector < row_vectors ? reinterpret_cast<const std::uint32_t &>(halves) : 0;
+                    word = reinterpret_cast<const std::uint32_t &>(halves);
                 }
                 const int row = first + q * set_rows + row_in_set;
                 if (row < m && vector < padded_vectors) {
-                    const unsigned int line = tile * box + row;
-                    const unsigned int line_of_stage = tile % 4 * box + row;
-                    *reinterpret_cast<uint4 *>(rows + line * 128 + (chunk ^ (line_of_stage % 8)) * 16) = result;
+                    *place(row, vector) = result;
                 }
             }
         }
