@@ -52,10 +52,10 @@ constexpr Kernel kernel_of() {
 
 template <typename Shape, NormalizingFunction function>
 constexpr NormalizingKernel normalizing_kernel_of() {
-    return {function,
-        {nullptr, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::rows_at, Shape::threads, Shape::small_boxes,
-            &prepared_devices<function>},
-        Shape::ctas_per_sm, Shape::row_sets, Shape::vectors};
+    Kernel shape = kernel_of<Shape, nullptr>();
+    shape.shared_bytes = Shape::rows_at;
+    shape.prepared = &prepared_devices<function>;
+    return {function, shape, Shape::ctas_per_sm, Shape::row_sets, Shape::vectors};
 }
 
 struct Launch {
