@@ -1,10 +1,11 @@
-// The narrow kernel with the norm before it: every CTA normalises all rows of activations itself, while its first weights
-// are on their way, and keeps them in shared memory.  The ring brings weights and scales only.
+// The narrow kernel with the norm before it: every CTA normalises all rows of activations itself, while its first
+// weights are on their way, and keeps them in shared memory.  The ring brings weights and scales only.
 //
-// Rows are held in registers from the moment they arrive until they are normalised: in `row_sets` sets, each of 8 / S rows
-// that are cut into S segments, so that the 8 parts of a set are what the 8 groups of four lanes of every warp hold.  That
-// is also the form of both operands of mma.sync: words of the parts as its first one, half of them in the upper rows and
-// half in the lower, give sums with ones as the second, and with either half sums of squares on that half's diagonal.
+// Rows are held in registers from the moment they arrive until they are normalised: in `row_sets` sets, each of 8 / S
+// rows that are cut into S segments, so that the 8 parts of a set are what the 8 groups of four lanes of every warp
+// hold.  That is also the form of both operands of mma.sync: words of the parts as its first one, half of them in the
+// upper rows and half in the lower, give sums with ones as the second, and with either half sums of squares on that
+// half's diagonal.
 //
 // A variance of such sums is good where the mean is not far larger than the deviation.  Rows for which it is are summed
 // again, as deviations from the mean, in FP32.
@@ -32,7 +33,7 @@ struct NormalizingShape : NarrowShape<row_groups, row_tiles, token_tiles, warps,
 
     // Sums of each part by each warp: of values, and of deviations.
     static constexpr int statistics_bytes = row_sets * parts_of_a_set * 8 * sizeof(float2);
-    // Room that stages leave to rows: one CTA an SM takes 8 rows of 8192 or 16 of 4096; two of them take 4 of 4096 each.
+    // Room that stages leave to rows: for 8 of 8192 or 16 of 4096; with two CTAs an SM for 4 of 4096 in each.
     static constexpr int reserved_bytes = (ctas_per_sm == 1 ? 128 : 32) * 1024;
     static constexpr int ring_bytes
         = shared_bytes_of_a_cta(ctas_per_sm) - reserved_bytes - 2 * statistics_bytes - copy_alignment;

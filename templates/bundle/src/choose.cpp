@@ -105,9 +105,9 @@ const DecodeTactic *preferred_decode(const Problem &problem, int sm_count) {
 // Null where nothing fits.
 const DecodeTactic *cheapest_normalizing(const Problem &problem, int sm_count) {
     const DecodeTactic *best = nullptr;
-    int least = INT_MAX;
+    std::int64_t least = INT64_MAX;
     for (const DecodeTactic &tactic : decode_tactics) {
-        const int cost = decode_normalizing_cost(tactic, problem, sm_count);
+        const std::int64_t cost = decode_normalizing_cost(tactic, problem, sm_count);
         if (cost >= 0 && cost < least) {
             best = &tactic;
             least = cost;

@@ -86,7 +86,7 @@ int decode_rows(const DecodeTactic &tactic) {
     return tactic.kernels->first().rows;
 }
 
-int decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, int sm_count) {
+std::int64_t decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, int sm_count) {
     const decode::NormalizingKernel &kernel
         = tactic.kernels->normalizing_of_group(problem.group_size, problem.quant_op == W4A16_GROUP_SCALE_ZERO);
     if (kernel.function == nullptr || problem.m == 0 || match(tactic, problem).refusal != Match::none) {
@@ -105,7 +105,7 @@ int decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, 
     const int of_cta = kernel.shape.rows + of_row * problem.m + of_pass * fit.passes
         + (room_for_two ? of_room_for_two : 0);
     const std::int64_t tiles = (static_cast<std::int64_t>(problem.n) + kernel.shape.rows - 1) / kernel.shape.rows;
-    return static_cast<int>((tiles + sm_count - 1) / sm_count * of_cta);
+    return (tiles + sm_count - 1) / sm_count * of_cta;
 }
 
 void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
