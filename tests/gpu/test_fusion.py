@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -784,35 +785,35 @@ def test_what_makes_no_sense_is_refused_before_anything_is_launched(
 def test_how_fast_the_parts_are(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     """Reported, not asserted: in a CUDA graph of 20, the weights in the L2 cache."""
     lines = []
-    for m in (1, 16, 64, 256, 1024):
+    for m in (1, 4, 8, 16, 64, 256, 1024):
+        given: dict[str, Any] = {"m": m, "hidden": 4096, "widths": (4096,) * 3}
         texts = []
-        for joined in (False, True):
-            made = fused(
-                *(library, f"speed-{m}"), m=m, hidden=4096, widths=(4096,) * 3, joined=joined
-            )
+        for joined, (name, form) in itertools.product((False, True), FORMS.items()):
+            make = partial(fused, library, f"speed-{m}", **given, joined=joined, form=form)
+            made = if_supported(make)
+            if made is None:
+                continue
             made.run()
-            for flags in (0, RUN_OVERLAP):
-                us = graph_time(partial(made.start, flags))
-                texts.append(f"{'joined' if joined else 'segments'} flags {flags} {us:.1f}")
-        texts.append(f"norm alone {graph_time(partial(norm_alone, made)):.1f}")
-        lines.append(f"M={m}: " + ", ".join(texts) + " us")
+            us = [f"{graph_time(partial(made.start, flags)):.1f}" for flags in (0, RUN_OVERLAP)]
+            texts.append(f"{'joined' if joined else 'segments'}, {name} {' and '.join(us)}")
+        texts.append(f"norm alone {graph_time(norm_alone(fused(library, 'alone', **given))):.1f}")
+        lines.append(f"M={m}: " + "; ".join(texts) + " us (plain and with overlap)")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
 
 
-def norm_alone(made: Fused) -> None:
+def norm_alone(made: Fused) -> Callable[[], None]:
     m, hidden = made.x.shape
-    weight, bias, out = address(made.ln_weight), address(made.ln_bias), made.workspace.address
-    made.library.normalize_rows(
-        *(LAYER, made.x.data_ptr(), m, hidden, hidden),
-        weight,
-        bias,
-        EPS,
-        None,
-        hidden,
-        out,
-        stream=current_stream(),
-    )
+    weight, bias, out = address(made.ln_weight), address(made.ln_bias), torch.empty_like(made.x)
+
+    def start() -> None:
+        made.library.normalize_rows(
+            *(LAYER, made.x.data_ptr(), m, hidden, hidden, weight, bias, EPS, None, hidden),
+            out.data_ptr(),
+            stream=current_stream(),
+        )
+
+    return start
 
 
 def graph_time(work: Callable[[], None]) -> float:
