@@ -36,6 +36,8 @@ EPS = 1e-5
 TARGET_US = 250.0
 #: The kernel for a checkpoint's own layout reads the weight once for 8 rows.
 MOST_ROWS_PLAIN = 64
+#: A product's own kernel normalises no more than that.
+MOST_ROWS_ONE_KERNEL = 16
 #: Bytes of weights between two reads of the same ones: more than twice the L2 of an H200.
 ROTATED_BYTES = 130e6
 CALLS, CALLS_MANY_ROWS, MANY_ROWS = 20, 5, 512
@@ -43,6 +45,7 @@ CALLS, CALLS_MANY_ROWS, MANY_ROWS = 20, 5, 512
 WRONG = 3e-3
 
 FUSED, SEGMENTS, JOINED = "fused", "fused, segments", "fused, joined"
+ONE_KERNEL, TWO_KERNELS = "fused, one kernel", "fused, two kernels"
 ALONE, NORM_THEN_OURS = "QKV product alone", "(a) layer_norm + our QKV product"
 NORM_THEN_PLAIN, FUSED_PLAIN = "(b) layer_norm + gptq:plain", "fused gptq:plain"
 PLAIN_ALONE = "gptq:plain alone"
@@ -283,6 +286,10 @@ class Case:
         yield FUSED, lambda w: fused.layernorm_qkv(x, w.fused, *ln, EPS)
         for name, joined in ((SEGMENTS, False), (JOINED, True)):
             yield name, lambda w, j=joined: fused.layernorm_qkv(x, w.fused, *ln, EPS, joined=j)  # type: ignore[misc]
+        if m <= MOST_ROWS_ONE_KERNEL:
+            for name, one in ((ONE_KERNEL, True), (TWO_KERNELS, False)):
+                form = {"joined": True, "one_kernel": one}
+                yield name, lambda w, f=form: fused.layernorm_qkv(x, w.fused, *ln, EPS, **f)  # type: ignore[misc]
         yield NORM_THEN_OURS, lambda w: w4a16.linear(norm(x, shape, *ln, EPS), w.packed)
         rows = norm(x, shape, *ln, EPS)
         yield ALONE, lambda w: w4a16.linear(rows, w.packed)

@@ -27,6 +27,8 @@ class DecodeKernel:
     zeros: bool
     folded: bool = False
     """Wide kernels: scales are applied to the sums, not to the operand."""
+    normalizes: bool = False
+    """Narrow kernels: rows of activations are normalised first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class DecodeTactic:
     """Narrow: warps side by side on the same part of K."""
     warps: int = 8
     """Narrow: that multiply."""
+    normalizes: bool = False
+    """Narrow: also by kernels that normalise the activations first."""
     sets: int = 1
     """Wide: warpgroups on the same rows, which take parts of K in turn."""
     buffers: int = 2
@@ -78,16 +82,22 @@ class DecodeTactic:
 
     def _kernels(self) -> Iterator[DecodeKernel]:
         groups = (32, 64, 128) if self.kind == "narrow" else (64,)
-        for group in groups:
-            for zeros in (False, True):
-                ident = f"{self.ident}_g{group}{'_z' if zeros else ''}"
-                yield DecodeKernel(ident=ident, group=group, zeros=zeros)
+        for normalizes in (False, True) if self.normalizes else (False,):
+            for group in groups:
+                for zeros in (False, True):
+                    marks = ("_z" if zeros else "") + ("_norm" if normalizes else "")
+                    ident = f"{self.ident}_g{group}{marks}"
+                    yield DecodeKernel(ident=ident, group=group, zeros=zeros, normalizes=normalizes)
         if self.kind == "wide" and self.tokens <= _MOST_FOLDED_TOKENS:
             yield DecodeKernel(ident=f"{self.ident}_g128", group=128, zeros=False, folded=True)
 
-    def kernel_for(self, group: int, zeros: bool) -> DecodeKernel | None:
+    def kernel_for(self, group: int, zeros: bool, normalizes: bool = False) -> DecodeKernel | None:
         """Which kernel takes groups of that size (128: and larger), if any."""
-        fitting = [k for k in self.kernels if k.zeros == zeros and k.group <= group]
+        fitting = [
+            kernel
+            for kernel in self.kernels
+            if (kernel.zeros, kernel.normalizes) == (zeros, normalizes) and kernel.group <= group
+        ]
         if self.kind == "narrow":
             fitting = [k for k in fitting if k.group == group]
         return max(fitting, key=lambda kernel: kernel.group, default=None)

@@ -107,11 +107,17 @@ class GemvChoice(Model):
 
 
 def _refuse_few_stages(
-    tile_bytes: int, scale_bytes: int, sums_bytes: int, ctas_per_sm: int, least: int
+    tile_bytes: int,
+    scale_bytes: int,
+    sums_bytes: int,
+    ctas_per_sm: int,
+    least: int,
+    taken_bytes: int = 0,
 ) -> None:
     """As ``kernels/decode/ring.h`` counts them, which says so a compilation later."""
     most = (227 if ctas_per_sm == 1 else 113) * 1024  # of an SM's 228 KiB; 1 KiB a CTA is CUDA's
-    fit = min(24, most // (tile_bytes + scale_bytes + 3 * 8))  # three barriers of 8 bytes
+    stage = tile_bytes + scale_bytes + 3 * 8  # three barriers of 8 bytes
+    fit = min(24, (most - taken_bytes) // stage)
     needed = max(least, -(-sums_bytes // tile_bytes))
     if fit < needed:
         raise ValueError(
@@ -132,6 +138,8 @@ class NarrowChoice(Model):
     warps: Literal[6, 8] = 8
     """That multiply; fewer leave more registers to each."""
     ctas_per_sm: Literal[1, 2] = 1
+    normalizes: bool = False
+    """Also make kernels that normalise the rows of activations first."""
 
     @model_validator(mode="after")
     def _whole_tiles(self) -> NarrowChoice:
@@ -155,8 +163,14 @@ class NarrowChoice(Model):
     def _stages(self) -> NarrowChoice:
         tile = self.rows * 128 + self.tokens * 512
         scales = 2 * 8 * self.rows * 2  # groups of 32, with zeros
-        sums = self.warps // self.row_groups * self.tokens * (self.rows + 4) * 4
+        shares = self.warps // self.row_groups
+        sums = shares * self.tokens * (self.rows + 4) * 4
         _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1)
+        if self.normalizes:  # as kernels/decode/normalizing.h has it
+            rows, statistics = (128, 4096) if self.ctas_per_sm == 1 else (32, 2048)
+            taken = rows * 1024 + statistics + 128
+            tile = self.rows * 128
+            _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, shares // 2, taken)
         return self
 
 
@@ -203,7 +217,9 @@ class DecodeChoice(Model):
     @field_validator("narrow", "wide")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return _without_repeats(value)
+        # Those that differ in nothing but that would have one name.
+        _without_repeats(tuple(e.model_copy(update={"normalizes": False}) for e in value))
+        return value
 
     @model_validator(mode="after")
     def _some(self) -> DecodeChoice:

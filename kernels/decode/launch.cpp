@@ -65,20 +65,20 @@ cudaError_t encode_scales(CUtensorMap &map, const void *data, const Kernel &kern
             CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B});
 }
 
-// Asks for the kernel's shared memory, once on each device.
-cudaError_t prepare(const Kernel &kernel) {
+// Asks for a kernel's shared memory, once on each device.
+cudaError_t prepare(const void *function, int shared_bytes, std::atomic<std::uint64_t> &prepared) {
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
         return error;
     }
     const std::uint64_t bit = device < 64 ? std::uint64_t{1} << device : 0; // others are prepared every time
-    if ((kernel.prepared->load(std::memory_order_acquire) & bit) != 0) {
+    if ((prepared.load(std::memory_order_acquire) & bit) != 0) {
         return cudaSuccess;
     }
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel.function),
-        cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+    const cudaError_t error
+        = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == cudaSuccess) {
-        kernel.prepared->fetch_or(bit, std::memory_order_release);
+        prepared.fetch_or(bit, std::memory_order_release);
     }
     return error;
 }
@@ -91,6 +91,16 @@ int shift_of(int group_size) {
 
 int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1 : 0); }
 
+Problem problem_of(const Launch &launch) {
+    return {static_cast<const __half *>(launch.bias),
+        {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
+        {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k, shift_of(launch.group_size),
+        launch.dependence};
+}
+
+// Of a CTA that has an SM to itself.
+constexpr int most_shared_bytes = 227 * 1024;
+
 } // namespace
 
 cudaError_t launch(const Kernel &kernel, const Launch &launch) {
@@ -101,7 +111,8 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     CUtensorMap activations;
     CUtensorMap scales;
     CUtensorMap zeros{};
-    if (const cudaError_t error = prepare(kernel); error != cudaSuccess) {
+    const void *const function = reinterpret_cast<const void *>(kernel.function);
+    if (const cudaError_t error = prepare(function, kernel.shared_bytes, *kernel.prepared); error != cudaSuccess) {
         return error;
     }
     if (const cudaError_t error = encode_weights(weights, kernel, launch); error != cudaSuccess) {
@@ -118,10 +129,7 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
             return error;
         }
     }
-    const Problem problem{static_cast<const __half *>(launch.bias),
-        {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
-        {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k, shift_of(launch.group_size),
-        launch.dependence};
+    const Problem problem = problem_of(launch);
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
@@ -142,7 +150,70 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
         serialization.val.programmaticStreamSerializationAllowed = 1;
     }
     void *arguments[] = {&weights, &activations, &scales, &zeros, const_cast<Problem *>(&problem)};
-    return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel.function), arguments);
+    return cudaLaunchKernelExC(&config, function, arguments);
+}
+
+NormalizingFit fit(const NormalizingKernel &kernel, int m, int k) {
+    const Kernel &shape = kernel.shape;
+    const int columns = ceil_div(k, shape.stage_k) * shape.stage_k;
+    const int lines = shape.small_boxes ? m : shape.tokens;
+    if (m > shape.tokens || columns > most_shared_bytes / 2 / lines) {
+        return {};
+    }
+    const int bytes = shape.shared_bytes + lines * columns * 2;
+    if (bytes > most_shared_bytes) {
+        return {};
+    }
+    // The fewer segments, the more rows a pass has; the more of them, the sooner few rows are over.
+    const int row_vectors = columns / 8;
+    const int consumers = shape.threads - 32;
+    for (int shift = 3; shift >= 0; --shift) {
+        const int rows = kernel.row_sets * (8 >> shift);
+        const bool held = row_vectors <= kernel.vectors * (consumers >> (3 - shift));
+        const bool more_hold = shift > 0 && row_vectors <= kernel.vectors * (consumers >> (4 - shift));
+        if (held && (rows >= m || !more_hold)) {
+            return {bytes, shift, ceil_div(m, rows)};
+        }
+    }
+    return {};
+}
+
+cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &launch, const Norm &given) {
+    CUtensorMap weights;
+    CUtensorMap scales;
+    CUtensorMap zeros{};
+    const void *const function = reinterpret_cast<const void *>(kernel.function);
+    if (const cudaError_t error = prepare(function, most_shared_bytes, *kernel.shape.prepared); error != cudaSuccess) {
+        return error;
+    }
+    if (const cudaError_t error = encode_weights(weights, kernel.shape, launch); error != cudaSuccess) {
+        return error;
+    }
+    if (const cudaError_t error = encode_scales(scales, launch.scales, kernel.shape, launch); error != cudaSuccess) {
+        return error;
+    }
+    if (launch.zeros != nullptr) {
+        if (const cudaError_t error = encode_scales(zeros, launch.zeros, kernel.shape, launch); error != cudaSuccess) {
+            return error;
+        }
+    }
+    const NormalizingFit found = fit(kernel, launch.m, launch.k);
+    Norm norm = given;
+    norm.inverse = 1.0f / static_cast<float>(norm.hidden);
+    norm.segments_shift = found.segments_shift;
+    const Problem problem = problem_of(launch);
+    cudaLaunchAttribute serialization{};
+    serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    serialization.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(ceil_div(launch.n, kernel.shape.rows));
+    config.blockDim = dim3(kernel.shape.threads);
+    config.dynamicSmemBytes = found.shared_bytes;
+    config.stream = launch.stream;
+    config.attrs = &serialization;
+    config.numAttrs = launch.dependence != independent ? 1 : 0;
+    void *arguments[] = {&weights, &scales, &zeros, const_cast<Problem *>(&problem), &norm};
+    return cudaLaunchKernelExC(&config, function, arguments);
 }
 
 } // namespace w4a16::decode

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "norm.h"
 #include "problem.h"
 
 #include <cuda.h>
@@ -28,7 +29,19 @@ struct Kernel {
     std::atomic<std::uint64_t> *prepared; // bit d: it may use its shared memory on device d
 };
 
-template <Function function>
+using NormalizingFunction
+    = void (*)(CUtensorMap weights, CUtensorMap scales, CUtensorMap zeros, Problem problem, Norm norm);
+
+// One instantiation that normalises its activations.
+struct NormalizingKernel {
+    NormalizingFunction function; // null: there is none
+    Kernel shape;                 // without a function; rows of activations follow its bytes of shared memory
+    int ctas_per_sm;              // that it was compiled for
+    int row_sets;                 // what a thread holds of rows, see normalizing.h
+    int vectors;
+};
+
+template <auto function>
 inline std::atomic<std::uint64_t> prepared_devices{0};
 
 // In a unit that nvcc compiles.
@@ -36,6 +49,14 @@ template <typename Shape, Function function>
 constexpr Kernel kernel_of() {
     return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::most_shares, Shape::shared_bytes,
         Shape::threads, Shape::small_boxes, &prepared_devices<function>};
+}
+
+template <typename Shape, NormalizingFunction function>
+constexpr NormalizingKernel normalizing_kernel_of() {
+    Kernel shape = kernel_of<Shape, nullptr>();
+    shape.shared_bytes = Shape::rows_at;
+    shape.prepared = &prepared_devices<function>;
+    return {function, shape, Shape::ctas_per_sm, Shape::row_sets, Shape::vectors};
 }
 
 struct Launch {
@@ -58,6 +79,18 @@ struct Launch {
 // On the current device.  Allocates nothing and waits for nothing.
 cudaError_t launch(const Kernel &kernel, const Launch &launch);
 
+// How a kernel that normalises would hold m rows.
+struct NormalizingFit {
+    int shared_bytes; // of a CTA; 0: they do not fit
+    int segments_shift;
+    int passes; // over the rows
+};
+
+NormalizingFit fit(const NormalizingKernel &kernel, int m, int k);
+
+// The product of rows that it normalises, in place of launch.a.  They fit.
+cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &launch, const Norm &norm);
+
 // ---- What the library holds ----
 
 constexpr int group_classes = 3; // groups of 32, of 64, and larger ones
@@ -65,9 +98,12 @@ constexpr int group_classes = 3; // groups of 32, of 64, and larger ones
 // The kernels of one tactic.
 struct Kernels {
     Kernel of[group_classes][2]; // by group class and whether there are zeros
+    NormalizingKernel normalizing[group_classes][2] = {};
 
-    const Kernel &of_group(int group_size, bool zeros) const {
-        return of[group_size < 64 ? 0 : group_size < 128 ? 1 : 2][zeros ? 1 : 0];
+    static int class_of(int group_size) { return group_size < 64 ? 0 : group_size < 128 ? 1 : 2; }
+    const Kernel &of_group(int group_size, bool zeros) const { return of[class_of(group_size)][zeros ? 1 : 0]; }
+    const NormalizingKernel &normalizing_of_group(int group_size, bool zeros) const {
+        return normalizing[class_of(group_size)][zeros ? 1 : 0];
     }
     // Any of them: their tiles are the same.
     const Kernel &first() const { return of[0][0].function != nullptr ? of[0][0] : of[2][0]; }

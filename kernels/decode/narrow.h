@@ -179,6 +179,48 @@ __device__ __forceinline__ void narrow_multiply(float (&sum)[Shape::row_tiles][S
     }
 }
 
+// Adds up what the consumer warps have summed, by way of the stages, and writes the outputs.
+template <typename Shape>
+__device__ __forceinline__ void narrow_finish(const float (&sum)[Shape::row_tiles][Shape::token_tiles][4],
+    unsigned char *shared, const Problem &problem, int first_row, int first_token, int share, int warp_row, int lane) {
+    // Every fill has been waited for by some warp, so after this barrier the stages are free.
+    constexpr int consumers = Shape::warps * warp_size;
+    constexpr int pitch = Shape::sums_pitch;
+    float *sums = reinterpret_cast<float *>(shared);
+    sync_threads(1, consumers);
+#pragma unroll
+    for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+#pragma unroll
+        for (int t = 0; t < Shape::token_tiles; ++t) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int token = t * 8 + lane % 4 * 2 + i % 2;
+                const int row = warp_row + tile * 16 + lane / 4 + i / 2 * 8;
+                sums[(share * Shape::tokens + token) * pitch + row] = sum[tile][t][i];
+            }
+        }
+    }
+    sync_threads(1, consumers);
+    const int tokens = min(problem.m - first_token, Shape::tokens);
+    for (int i = threadIdx.x; i < tokens * Shape::rows; i += consumers) {
+        const int token = i / Shape::rows;
+        const int row = i % Shape::rows;
+        const int n = first_row + row;
+        if (n < problem.n) {
+            float total = 0.f;
+#pragma unroll
+            for (int from = 0; from < Shape::shares; ++from) {
+                total += sums[(from * Shape::tokens + token) * pitch + row];
+            }
+            total *= 1048576.f; // 2^20, the unit of the high operand
+            if (problem.bias != nullptr) {
+                total += __half2float(problem.bias[n]);
+            }
+            *problem.place(first_token + token, n) = __float2half(total);
+        }
+    }
+}
+
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
     narrow_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap activations,
@@ -237,42 +279,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         at.advance(Shape::sets);
     }
 
-    // Every fill has been waited for by some warp, so after this barrier the stages are free.
-    constexpr int consumers = Shape::warps * warp_size;
-    constexpr int pitch = Shape::sums_pitch;
-    float *sums = reinterpret_cast<float *>(shared);
-    sync_threads(1, consumers);
-#pragma unroll
-    for (int tile = 0; tile < Shape::row_tiles; ++tile) {
-#pragma unroll
-        for (int t = 0; t < token_tiles; ++t) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int token = t * 8 + lane % 4 * 2 + i % 2;
-                const int row = warp_row + tile * 16 + lane / 4 + i / 2 * 8;
-                sums[(share * Shape::tokens + token) * pitch + row] = sum[tile][t][i];
-            }
-        }
-    }
-    sync_threads(1, consumers);
-    const int tokens = min(problem.m - first_token, Shape::tokens);
-    for (int i = threadIdx.x; i < tokens * Shape::rows; i += consumers) {
-        const int token = i / Shape::rows;
-        const int row = i % Shape::rows;
-        const int n = first_row + row;
-        if (n < problem.n) {
-            float total = 0.f;
-#pragma unroll
-            for (int from = 0; from < Shape::shares; ++from) {
-                total += sums[(from * Shape::tokens + token) * pitch + row];
-            }
-            total *= 1048576.f; // 2^20, the unit of the high operand
-            if (problem.bias != nullptr) {
-                total += __half2float(problem.bias[n]);
-            }
-            *problem.place(first_token + token, n) = __float2half(total);
-        }
-    }
+    narrow_finish<Shape>(sum, shared, problem, first_row, first_token, share, warp_row, lane);
 }
 
 } // namespace w4a16::decode

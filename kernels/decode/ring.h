@@ -16,7 +16,8 @@ constexpr int producer_warps = 1;
 constexpr int copy_alignment = 128;
 
 // Shared memory of one CTA: a ring of stages that the copy engine fills and the consumer warps empty.  A stage is
-// `rows` rows (columns of W) by `stage_k` of packed weights, `tokens` rows of activations and the scales of each group.
+// `rows` rows (columns of W) by `stage_k` of packed weights, `tokens` rows of activations (0: none pass through it) and
+// the scales of each group.
 template <int rows_, int tokens_, int stage_k_, int smallest_group, bool zeros, int stages_>
 struct Ring {
     static constexpr int rows = rows_;
@@ -109,7 +110,7 @@ struct Work {
     int blocks;
 };
 
-// What the copy engine is told of a launch's operands.  Without zeros, that map is not used.
+// What the copy engine is told of a launch's operands.  Without zeros, or activations, that map is not used.
 struct Maps {
     const CUtensorMap *weights;
     const CUtensorMap *activations;
@@ -147,6 +148,9 @@ struct Source {
     }
 
     __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
+        if (Ring::tokens == 0) {
+            return;
+        }
         copy_tile_3d(ring.activations(stage), maps.activations, 0, work.first_token,
             (work.first_block + block) * (Ring::stage_k / 64), ring.full(fill), evict_last);
     }
@@ -154,7 +158,9 @@ struct Source {
     __device__ __forceinline__ void prefetch_maps() const {
         prefetch_tensor_map(maps.weights);
         prefetch_tensor_map(maps.scales);
-        prefetch_tensor_map(maps.activations);
+        if (Ring::tokens > 0) {
+            prefetch_tensor_map(maps.activations);
+        }
         if (with_zeros) {
             prefetch_tensor_map(maps.zeros);
         }
@@ -174,7 +180,7 @@ struct Source {
                     copy_activations(i, i, i);
                 }
             }
-            if (problem.dependence != independent) {
+            if (Ring::tokens > 0 && problem.dependence != independent) {
                 wait_for_dependencies();
 #pragma unroll 1
                 for (int i = warp; i < ahead; i += warps) {

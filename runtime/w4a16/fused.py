@@ -28,6 +28,7 @@ def layernorm_qkv(
     out: Any = None,
     tactic: int | str | None = None,
     joined: bool | None = None,
+    one_kernel: bool | None = None,
 ) -> Any:
     """``layer_norm(x) @ W + bias`` for the Q, K and V projections of one input.
 
@@ -44,7 +45,9 @@ def layernorm_qkv(
     ``tactic`` is a name or an index of :func:`w4a16.tactic_names` for all projections; None takes
     the fastest one known for each. For :class:`GPTQTensors` the only one is ``gptq:plain``.
     ``joined`` runs one product over all columns and splits it, in place of one product for each
-    projection; None lets the sizes decide.
+    projection; None lets the sizes decide. ``one_kernel`` has each product's kernel normalise the
+    rows by itself, which some for few rows can; False uses a kernel of its own for that, and None
+    takes what takes less time.
 
     Nothing waits for the GPU; all memory comes from torch's allocator, and calls may be captured
     into a CUDA graph. On a CPU it is a slow reference.
@@ -53,7 +56,8 @@ def layernorm_qkv(
     :class:`w4a16.UnsupportedError` for a tactic that has no kernel for them, and
     :class:`w4a16.DeviceError` where no kernel can run.
     """
-    return _call(Norm.LAYER, x, weight, ln_weight, ln_bias, eps, out, tactic, joined)
+    forms = (joined, one_kernel)
+    return _call(Norm.LAYER, x, weight, ln_weight, ln_bias, eps, out, tactic, *forms)
 
 
 def rmsnorm_qkv(
@@ -66,9 +70,11 @@ def rmsnorm_qkv(
     out: Any = None,
     tactic: int | str | None = None,
     joined: bool | None = None,
+    one_kernel: bool | None = None,
 ) -> Any:
     """:func:`layernorm_qkv` with ``x / sqrt(mean(x * x) + eps) * ln_weight + ln_bias``."""
-    return _call(Norm.RMS, x, weight, ln_weight, ln_bias, eps, out, tactic, joined)
+    forms = (joined, one_kernel)
+    return _call(Norm.RMS, x, weight, ln_weight, ln_bias, eps, out, tactic, *forms)
 
 
 def _call(
@@ -81,6 +87,7 @@ def _call(
     out: Any,
     tactic: int | str | None,
     joined: bool | None,
+    one_kernel: bool | None,
 ) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
@@ -93,10 +100,12 @@ def _call(
     from w4a16 import fused_ops
 
     if out is None:
-        found = fused_ops.call(norm, x, weight, ln_weight, ln_bias, eps, tactic, joined)
+        call = (norm, x, weight, ln_weight, ln_bias, eps, tactic, joined, one_kernel)
+        found = fused_ops.call(*call)
         return fused_ops.segments(found, x.shape[:-1], weight.widths)
     targets = _targets(out, x, weight.widths)
-    fused_ops.call_out(norm, x, weight, ln_weight, ln_bias, eps, tactic, joined, targets)
+    call = (norm, x, weight, ln_weight, ln_bias, eps, tactic, joined, one_kernel)
+    fused_ops.call_out(*call, targets)
     return out
 
 

@@ -26,7 +26,17 @@ from w4a16 import overlap, torch_ops
 from w4a16.arguments import N_MULTIPLE, Argument, check_weight
 from w4a16.errors import ArgumentError
 from w4a16.fused_weights import MOST_SEGMENTS, FusedQKV, GPTQTensors, ranges
-from w4a16.library import AUTO, LIBRARY, RUN_OVERLAP, GptqArgs, Norm, NormQkvArgs, QuantOp
+from w4a16.library import (
+    AUTO,
+    LIBRARY,
+    RUN_ONE_KERNEL,
+    RUN_OVERLAP,
+    RUN_TWO_KERNELS,
+    GptqArgs,
+    Norm,
+    NormQkvArgs,
+    QuantOp,
+)
 from w4a16.tactics import plan, resolve
 from w4a16.torch_ops import arguments_of
 
@@ -42,7 +52,7 @@ _GPTQ = (
     "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? bias, int group_size,"
     " bool stored_minus_1, int[] widths"
 )
-_TACTIC = "int tactic=-1, int join=-1"
+_TACTIC = "int tactic=-1, int join=-1, int one_kernel=-1"
 _SCHEMAS = {
     "qkv": f"({_NORM}, {_PACKED}, {_TACTIC}) -> Tensor",
     "qkv_out": f"({_NORM}, {_PACKED}, Tensor(a!)[] out, {_TACTIC}) -> ()",
@@ -54,6 +64,10 @@ _NAMES = {Norm.LAYER: "layernorm", Norm.RMS: "rmsnorm"}
 _HALF = torch.float16
 #: Rows and columns of the GEMM's tiles, about.
 _TILE = 128
+#: Flags for what ``one_kernel`` may be, beside -1.
+_FORMS = {0: RUN_TWO_KERNELS, 1: RUN_ONE_KERNEL}
+#: Rows that a kernel may normalise beside its product.
+_MOST_ROWS_OF_ONE = 16
 
 
 def register(library: Any, tags: Sequence[Any]) -> None:
@@ -89,9 +103,10 @@ def call(
     eps: float,
     tactic: int | str | None,
     joined: bool | None,
+    one_kernel: bool | None,
 ) -> Tensor:
     """The operator for the kind of ``weight``."""
-    name, arguments, options = _request(norm, weight, tactic, joined)
+    name, arguments, options = _request(norm, weight, tactic, joined, one_kernel)
     op = getattr(torch.ops.w4a16, name).default
     found: Tensor = op(x, ln_weight, ln_bias, eps, *arguments, *options)
     return found
@@ -106,10 +121,11 @@ def call_out(
     eps: float,
     tactic: int | str | None,
     joined: bool | None,
+    one_kernel: bool | None,
     out: list[Tensor],
 ) -> None:
     """The same into tensors."""
-    name, arguments, options = _request(norm, weight, tactic, joined)
+    name, arguments, options = _request(norm, weight, tactic, joined, one_kernel)
     op = getattr(torch.ops.w4a16, f"{name}_out").default
     op(x, ln_weight, ln_bias, eps, *arguments, out, *options)
 
@@ -126,13 +142,19 @@ def segments(found: Tensor, leading: Sequence[int], widths: Sequence[int]) -> An
 
 
 def _request(
-    norm: Norm, weight: FusedQKV | GPTQTensors, tactic: int | str | None, joined: bool | None
+    norm: Norm,
+    weight: FusedQKV | GPTQTensors,
+    tactic: int | str | None,
+    joined: bool | None,
+    one_kernel: bool | None = None,
 ) -> tuple[str, tuple[Any, ...], tuple[int, ...]]:
     if not torch_ops.is_registered():
         torch_ops.register_torch_ops()
     if isinstance(weight, GPTQTensors):
-        if tactic not in (None, "auto", GPTQ_PLAIN) or joined is not None:
-            given = f"joined is {joined}" if joined is not None else f"tactic is {tactic!r}"
+        choices = {"joined": joined, "one_kernel": one_kernel}
+        given = next((f"{k} is {v}" for k, v in choices.items() if v is not None), "")
+        if tactic not in (None, "auto", GPTQ_PLAIN) or given:
+            given = given or f"tactic is {tactic!r}"
             raise ArgumentError(
                 f"{given}, but the weight is a checkpoint's own tensors: expected {GPTQ_PLAIN!r}"
                 " or None, or a weight that w4a16.fused.fuse_qkv packed"
@@ -146,14 +168,14 @@ def _request(
             f"tactic is {GPTQ_PLAIN!r}, but the weight is packed: expected a GPTQTensors, which"
             " holds a checkpoint's own tensors"
         )
-    join = -1 if joined is None else int(joined)
+    forms = [-1 if choice is None else int(choice) for choice in (joined, one_kernel)]
     return (
         f"{_NAMES[norm]}_qkv",
         (
             *(weight.packed, list(weight.scales), list(weight.zeros), list(weight.bias)),
             *(weight.columns, list(weight.joined), weight.in_features, list(weight.widths)),
         ),
-        (resolve(tactic), join),
+        (resolve(tactic), *forms),
     )
 
 
@@ -261,12 +283,14 @@ def _qkv_cuda(
     widths: Sequence[int],
     tactic: int = -1,
     join: int = -1,
+    one_kernel: int = -1,
 ) -> Tensor:
     weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     result = _empty(x, widths)
     targets = _places(result, x, widths)
-    _launch(norm, x, ln_weight, ln_bias, eps, packed, weight, widths, targets, tactic, join)
+    call = (norm, x, ln_weight, ln_bias, eps, packed, weight, widths, targets)
+    _launch(*call, tactic, join, one_kernel)
     return result
 
 
@@ -287,13 +311,15 @@ def _qkv_out_cuda(
     out: Sequence[Tensor],
     tactic: int = -1,
     join: int = -1,
+    one_kernel: int = -1,
 ) -> None:
     weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
     _check_out(out, x, widths)
     targets = _aligned(out)
     places = [target.data_ptr() for target in targets]
-    _launch(norm, x, ln_weight, ln_bias, eps, packed, weight, widths, places, tactic, join)
+    call = (norm, x, ln_weight, ln_bias, eps, packed, weight, widths, places)
+    _launch(*call, tactic, join, one_kernel)
     _copy_back(targets, out)
 
 
@@ -309,6 +335,7 @@ def _launch(
     places: Sequence[int],
     tactic: int,
     join: int,
+    one_kernel: int,
 ) -> None:
     """Checked arguments; memory freed here is reused in stream order."""
     m = math.prod(x.shape[:-1])
@@ -317,7 +344,8 @@ def _launch(
     device = x.get_device()
     if torch_ops._current_device() != device:
         with torch.cuda.device(device):
-            _launch(norm, x, ln_weight, ln_bias, eps, packed, weight, widths, places, tactic, join)
+            call = (norm, x, ln_weight, ln_bias, eps, packed, weight, widths, places)
+            _launch(*call, tactic, join, one_kernel)
             return
     rows, stride = _rows(x)
     args = NormQkvArgs(
@@ -343,18 +371,35 @@ def _launch(
             args.zeros[i] = weight.joined[1] if joins else weight.zeros[i]
         if weight.bias:
             args.bias[i] = weight.joined[2] if joins else weight.bias[i]
-        problem = (int(weight.quant_op), m, n, weight.k, weight.group_size, bool(weight.bias))
-        args.tactic[i] = plan(device, *problem).tactic if tactic == AUTO else tactic
+        args.tactic[i] = tactic
     for i, (n, place) in enumerate(zip(widths, places, strict=True)):
         args.split[i] = n if joins else 0
         args.c[i] = place
-    size = LIBRARY.norm_qkv_workspace(args)
+    args.flags = _FORMS.get(one_kernel, 0)
+    size = _workspace(device, args, weight)
     memory = torch_ops._empty_cuda((size,), (1,), torch.uint8)
     args.workspace, args.workspace_bytes = memory.data_ptr(), size
     beginning = _Overlap(weight, packed)
-    args.flags = beginning.flags
+    args.flags |= beginning.flags
     LIBRARY.norm_qkv(args, torch_ops._raw_stream(device))
     beginning.launched()
+
+
+def _workspace(device: int, args: NormQkvArgs, weight: _Packed) -> int:
+    """The bytes that the call needs; tactics are chosen here, unless the library is to do that."""
+    if args.tactic[0] != AUTO or args.flags & RUN_ONE_KERNEL:
+        return LIBRARY.norm_qkv_workspace(args)
+    if args.m <= _MOST_ROWS_OF_ONE and not args.flags & RUN_TWO_KERNELS:
+        # The library knows which kernels normalise, and when they are faster: then it needs none.
+        size = LIBRARY.norm_qkv_workspace(args)
+        if size == 0:
+            return size
+        args.flags |= RUN_TWO_KERNELS
+    for i, n in enumerate(args.n):
+        if n > 0:
+            problem = (int(weight.quant_op), args.m, n, weight.k, weight.group_size)
+            args.tactic[i] = plan(device, *problem, bool(weight.bias)).tactic
+    return LIBRARY.norm_qkv_workspace(args)
 
 
 @lru_cache(maxsize=4096)
@@ -673,6 +718,7 @@ def _qkv_fake(
     widths: Sequence[int],
     tactic: int = -1,
     join: int = -1,
+    one_kernel: int = -1,
 ) -> Tensor:
     resolve(tactic)
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
@@ -696,6 +742,7 @@ def _qkv_out_fake(
     out: Sequence[Tensor],
     tactic: int = -1,
     join: int = -1,
+    one_kernel: int = -1,
 ) -> None:
     resolve(tactic)
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)

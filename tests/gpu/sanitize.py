@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import itertools
 import os
 import random
 import re
@@ -34,6 +35,7 @@ from tests.gpu.cuda import Cuda, CudaError
 from tests.gpu.library import (
     AUTO,
     RUN_OVERLAP,
+    RUN_TWO_KERNELS,
     ApiError,
     Args,
     GptqArgs,
@@ -328,39 +330,41 @@ def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[
     source = ctypes.create_string_buffer(plain, len(plain))
     library.pack(None, ctypes.addressof(source), K, N, ctypes.addressof(out))
     values = [(q - 8) / 64 for q in row]
-    for m in (1, 5, 70):
-        for joined in (False, True):
-            wanted, first = b"", 0
-            for width in widths:
-                wanted += halves(values[first : first + width]) * m
-                first += width
-            helper = Helper(cuda, f"norm and {'one' if joined else 3} projections M={m}", wanted)
-            parts = (N,) if joined else widths
-            args = NormQkvArgs(
-                quant_op=int(QuantOp.GROUP_SCALE),
-                m=m,
-                hidden=K,
-                k=K,
-                group_size=GROUP,
-                x_stride=K,
-                eps=1e-5,
-                x=helper.upload(halves([3.0] * (m * K))),
-                ln_bias=helper.upload(halves([float(i == one) for i in range(K)])),
-                b=helper.upload(out.raw),
-            )
-            begin = 0
-            for i, width in enumerate(widths):
-                args.split[i] = width if joined else 0
-                args.c[i] = helper.out + 2 * m * begin
-                begin += width
-            for i, n in enumerate(parts):
-                args.n[i] = n
-                args.tactic[i] = AUTO
-                args.scales[i] = helper.upload(halves([1 / 64] * (K // GROUP * n)))
-            size = library.norm_qkv_workspace(args)
-            args.workspace, args.workspace_bytes = helper.upload(bytes(size)), size
-            helper.start = partial(library.norm_qkv, args)
-            yield helper
+    forms = (0, RUN_TWO_KERNELS)  # the first of up to 16 rows is one kernel, where there are such
+    for m, joined, form in itertools.product((1, 5, 12, 70), (False, True), forms):
+        wanted, first = b"", 0
+        for width in widths:
+            wanted += halves(values[first : first + width]) * m
+            first += width
+        name = f"norm and {'one' if joined else 3} projections M={m} flags={form}"
+        helper = Helper(cuda, name, wanted)
+        parts = (N,) if joined else widths
+        args = NormQkvArgs(
+            flags=form,
+            quant_op=int(QuantOp.GROUP_SCALE),
+            m=m,
+            hidden=K,
+            k=K,
+            group_size=GROUP,
+            x_stride=K,
+            eps=1e-5,
+            x=helper.upload(halves([3.0] * (m * K))),
+            ln_bias=helper.upload(halves([float(i == one) for i in range(K)])),
+            b=helper.upload(out.raw),
+        )
+        begin = 0
+        for i, width in enumerate(widths):
+            args.split[i] = width if joined else 0
+            args.c[i] = helper.out + 2 * m * begin
+            begin += width
+        for i, n in enumerate(parts):
+            args.n[i] = n
+            args.tactic[i] = AUTO
+            args.scales[i] = helper.upload(halves([1 / 64] * (K // GROUP * n)))
+        size = library.norm_qkv_workspace(args)
+        args.workspace, args.workspace_bytes = helper.upload(bytes(size)), size
+        helper.start = partial(library.norm_qkv, args)
+        yield helper
 
 
 def _checkpoints(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:

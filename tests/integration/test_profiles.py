@@ -80,7 +80,7 @@ def test_gemv_variants_of_the_profile_decide_what_is_kept(
 
 def test_decode_tactics_of_the_profile_are_units_of_the_bundle(fresh: Fresh) -> None:
     entries = {
-        "narrow": [{"rows": 32, "tokens": 8, "ctas_per_sm": 2}],
+        "narrow": [{"rows": 32, "tokens": 8, "ctas_per_sm": 2, "normalizes": True}],
         "wide": [{"rows": 128, "tokens": 32, "sets": 2, "cluster": 2}],
     }
     site = fresh(decode=entries)
@@ -91,6 +91,8 @@ def test_decode_tactics_of_the_profile_are_units_of_the_bundle(fresh: Fresh) -> 
         "decode_32x8_o2",
         "decode_128x32_s2_c2",
     }
+    narrow = (site.source / "src/decode/decode_32x8_o2.cu").read_text(encoding="utf-8")
+    assert "normalizing_kernel<decode_32x8_o2_g128_z_norm>" in narrow
     table = (site.source / "src/kernels.cpp").read_text(encoding="utf-8")
     assert '"decode:128x32:s2:c2", "wgmma", 2, &decode::decode_128x32_s2_c2' in table
 

@@ -17,7 +17,17 @@ import torch
 import w4a16
 from w4a16 import fused, fused_ops, overlap, torch_ops
 from w4a16.fused_weights import GPTQTensors
-from w4a16.library import LIBRARY, RUN_OVERLAP, Device, GptqArgs, Norm, NormQkvArgs, QuantOp
+from w4a16.library import (
+    LIBRARY,
+    RUN_ONE_KERNEL,
+    RUN_OVERLAP,
+    RUN_TWO_KERNELS,
+    Device,
+    GptqArgs,
+    Norm,
+    NormQkvArgs,
+    QuantOp,
+)
 from w4a16.tactics import Plan
 
 from tests.runtime.checkpoints import Case, case_of, weight
@@ -340,8 +350,12 @@ class HostLaunches:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        #: Whether a kernel normalises by itself, unless two are asked for.
+        self.normalizes = False
 
     def workspace(self, args: NormQkvArgs) -> int:
+        if self.normalizes and not args.flags & RUN_TWO_KERNELS:
+            return 0
         LIBRARY.check_norm_qkv(args)
         return 1024
 
@@ -382,7 +396,8 @@ class HostLaunches:
         split = [int(n) for n in args.split if n]
         self.seen.append(
             {
-                "flags": int(args.flags),
+                "flags": int(args.flags) & RUN_OVERLAP,
+                "form": int(args.flags) & ~RUN_OVERLAP,
                 "stream": stream,
                 "tactics": list(args.tactic)[: len(widths)],
                 "widths": widths,
@@ -481,6 +496,25 @@ def test_a_launch_computes_what_the_reference_does(
     assert launch["stream"] == 4711
     assert launch["widths"] == ([48, 32, 16] if join == 0 else [96])
     assert launch["split"] == ([] if join == 0 else [48, 32, 16])
+
+
+def test_the_library_chooses_the_tactic_where_its_kernel_normalises(
+    host: HostLaunches, ln: Any
+) -> None:
+    _, arguments = operator(fuse(case(96)))
+    planned = 96 % 7 % 2
+
+    def form(m: int, *options: int) -> tuple[int, list[int]]:
+        OPS._qkv_cuda(Norm.LAYER, torch.randn(m, K).half(), *ln, EPS, *arguments, *options)
+        return host.seen[-1]["form"], host.seen[-1]["tactics"]
+
+    assert form(16) == (RUN_TWO_KERNELS, [planned])
+    host.normalizes = True
+    assert form(16) == (0, [-1])
+    assert form(16, -1, -1, 1) == (RUN_ONE_KERNEL, [-1])
+    assert form(16, -1, -1, 0) == (RUN_TWO_KERNELS, [planned])
+    assert form(17) == (0, [planned])
+    assert form(16, 0) == (0, [0])
 
 
 @pytest.mark.parametrize("kind", ["zeros", "bias", "act-order", "v2"])

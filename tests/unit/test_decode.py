@@ -123,6 +123,23 @@ def test_a_shape_has_the_parameters_of_its_configuration() -> None:
     assert "_g64_z : WideShape<2, 2, 32, 128, 0, true, false, 4, 2>" in unit(short[1])
 
 
+def test_a_tactic_that_normalises_has_kernels_of_both_kinds_for_the_same_problems() -> None:
+    both = replace(NARROW, normalizes=True)
+    assert (both.name, both.ident) == (NARROW.name, NARROW.ident)
+    own = [kernel for kernel in both.kernels if kernel.normalizes]
+    assert tuple(kernel for kernel in both.kernels if not kernel.normalizes) == NARROW.kernels
+    assert [kernel.ident for kernel in own] == [f"{kernel.ident}_norm" for kernel in NARROW.kernels]
+    for kernel in own:
+        assert both.kernel_for(kernel.group, kernel.zeros, normalizes=True) == kernel
+        assert NARROW.kernel_for(kernel.group, kernel.zeros, normalizes=True) is None
+    text = unit(both)
+    assert '#include "decode/normalizing.h"' in text
+    assert "_g64_z_norm : NormalizingShape<2, 7, 1, 8, 64, true, 1>" in text
+    used = re.findall(r"normalizing_kernel_of<(\w+), normalizing_kernel<\1>>", text)
+    assert used == [kernel.ident for kernel in own]
+    assert "ormalizing" not in unit(NARROW)
+
+
 def test_a_release_with_another_packed_layout_or_a_profile_without_a_section_has_none() -> None:
     profile = load_profile(FULL)
     found = decode.select(profile, facts("signed"))
@@ -147,6 +164,14 @@ def test_a_release_with_another_packed_layout_or_a_profile_without_a_section_has
         ({"narrow": [{"rows": 64, "tokens": 12}]}, "decode.narrow.0.tokens"),
         ({"narrow": [{"rows": 64, "tokens": 8, "cta_per_sm": 2}]}, "did you mean 'ctas_per_sm'?"),
         ({"narrow": [{"rows": 64, "tokens": 8}] * 2}, "given twice"),
+        (
+            {"narrow": [{"rows": 64, "tokens": 8}, {"rows": 64, "tokens": 8, "normalizes": True}]},
+            "given twice",
+        ),
+        (
+            {"narrow": [{"rows": 208, "tokens": 8, "ctas_per_sm": 2, "normalizes": True}]},
+            "needs 4 stages, and shared memory holds 2:",
+        ),
         ({"wide": [{"rows": 96, "tokens": 32}]}, "decode.wide.0.rows"),
         ({"wide": [{"rows": 256, "tokens": 32, "sets": 2}]}, "8 warpgroups"),
         ({"wide": [{"rows": 64, "tokens": 64, "sets": 4}]}, "needs 8 stages, and shared memory"),

@@ -74,7 +74,7 @@ def gemm(op: QuantOp, cta: Shape3, cluster: Shape3) -> GemmKernel:
 
 TILE: Shape3 = (64, 16, 64)
 ONE: Shape3 = (1, 1, 1)
-NARROW = DecodeTactic(kind="narrow", rows=64, tokens=8, ctas_per_sm=1)
+NARROW = DecodeTactic(kind="narrow", rows=64, tokens=8, ctas_per_sm=1, normalizes=True)
 WIDE = DecodeTactic(kind="wide", rows=128, tokens=32, ctas_per_sm=1, sets=2, cluster=2)
 SELECTION = Selection(
     selected=(
@@ -134,8 +134,9 @@ def gemv_device(m: int = 1) -> DeviceKernel:
 
 def decode_device(tactic: DecodeTactic, ident: str, **opcodes: int) -> DeviceKernel:
     usual = {"HMMA" if tactic.kind == "narrow" else "HGMMA": 8, "UTMALDG": 2}
+    kind = "normalizing" if ident.endswith("_norm") else tactic.kind
     return device(
-        f"void w4a16::decode::{tactic.kind}_kernel<w4a16::decode::{ident}>(CUtensorMap_st, "
+        f"void w4a16::decode::{kind}_kernel<w4a16::decode::{ident}>(CUtensorMap_st, "
         "CUtensorMap_st, w4a16::decode::Problem)",
         opcodes or usual,
     )
@@ -207,10 +208,11 @@ def test_a_decode_tactic_that_lacks_a_kernel_fails_and_is_named() -> None:
         (WIDE, {"HMMA": 1, "UTMALDG": 1}, "wide decode kernel has HGMMA"),
     ],
 )
+@pytest.mark.parametrize("place", [0, -1])
 def test_a_decode_kernel_without_an_opcode_of_the_gate_fails(
-    tactic: DecodeTactic, opcodes: dict[str, int], said: str
+    tactic: DecodeTactic, opcodes: dict[str, int], said: str, place: int
 ) -> None:
-    ident = tactic.kernels[0].ident
+    ident = tactic.kernels[place].ident
     kernels = [k for k in ALL if decode_key(k.name) != ident]
     kernels.append(decode_device(tactic, ident, **opcodes))
     (problem,) = failed(check_gates(FACTS, kernels, Limits(), SELECTION))

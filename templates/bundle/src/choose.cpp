@@ -102,6 +102,28 @@ const DecodeTactic *preferred_decode(const Problem &problem, int sm_count) {
     return nullptr;
 }
 
+// Null where nothing fits.
+const DecodeTactic *cheapest_normalizing(const Problem &problem, int sm_count) {
+    const DecodeTactic *best = nullptr;
+    std::int64_t least = INT64_MAX;
+    for (const DecodeTactic &tactic : decode_tactics) {
+        const std::int64_t cost = decode_normalizing_cost(tactic, problem, sm_count);
+        if (cost >= 0 && cost < least) {
+            best = &tactic;
+            least = cost;
+        }
+    }
+    return best;
+}
+
+// An SM normalises all rows again for each tile that it works on.  That takes longer than a kernel for the norm and the
+// wait for it from so many rows of all tiles on, each tile counted as two rows more.
+constexpr int most_normalized_rows = 18;
+
+std::int32_t index_of(const DecodeTactic &tactic) {
+    return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
+}
+
 // The smallest tile extent (a power of two from 16) that covers `rows`, at most `largest`.
 int covering_tile(int rows, int largest) {
     int tile = 16;
@@ -163,10 +185,17 @@ int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
 
 } // namespace
 
+bool choose_normalizing(const Problem &problem, int sm_count, bool at_any_cost, std::int32_t &index) {
+    const DecodeTactic *const found = cheapest_normalizing(problem, sm_count);
+    if (found == nullptr) {
+        return false;
+    }
+    index = index_of(*found);
+    const std::int64_t tiles = ceil_div(ceil_div(problem.n, decode_rows(*found)), sm_count); // of an SM
+    return at_any_cost || tiles * (problem.m + 2) <= most_normalized_rows;
+}
+
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
-    const auto index_of = [](const DecodeTactic &tactic) {
-        return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
-    };
     if (const DecodeTactic *tactic = preferred_decode(problem, sm_count); problem.m > 0 && tactic != nullptr) {
         index = index_of(*tactic);
         return W4A16_OK;

@@ -86,6 +86,28 @@ int decode_rows(const DecodeTactic &tactic) {
     return tactic.kernels->first().rows;
 }
 
+std::int64_t decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, int sm_count) {
+    const decode::NormalizingKernel &kernel
+        = tactic.kernels->normalizing_of_group(problem.group_size, problem.quant_op == W4A16_GROUP_SCALE_ZERO);
+    if (kernel.function == nullptr || problem.m == 0 || match(tactic, problem).refusal != Match::none) {
+        return -1;
+    }
+    const decode::NormalizingFit fit = decode::fit(kernel, problem.m, problem.k);
+    if (fit.shared_bytes == 0) {
+        return -1;
+    }
+    // Two CTAs an SM, even if they are of one launch and the next, hide each other's waiting.
+    constexpr int of_row = 3;
+    constexpr int of_pass = 6;
+    constexpr int of_room_for_two = -4;
+    constexpr int half_of_sm = 113 * 1024;
+    const bool room_for_two = kernel.ctas_per_sm > 1 && fit.shared_bytes <= half_of_sm;
+    const int of_cta = kernel.shape.rows + of_row * problem.m + of_pass * fit.passes
+        + (room_for_two ? of_room_for_two : 0);
+    const std::int64_t tiles = (static_cast<std::int64_t>(problem.n) + kernel.shape.rows - 1) / kernel.shape.rows;
+    return (tiles + sm_count - 1) / sm_count * of_cta;
+}
+
 void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
     const decode::Kernels &kernels = *tactic.kernels;
     const decode::Kernel &kernel = kernels.first();
@@ -109,12 +131,15 @@ void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
 }
 
 void launch_decode(const DecodeTactic &tactic, const Launch &launch) {
-    const decode::Kernel &kernel = tactic.kernels->of_group(launch.group_size, launch.zeros != nullptr);
-    const cudaError_t error = decode::launch(kernel,
-        {launch.a, launch.b, launch.scales, launch.zeros, launch.bias,
-            {launch.outputs.c[0], launch.outputs.c[1], launch.outputs.c[2]},
-            {launch.outputs.ends[0], launch.outputs.ends[1], launch.outputs.ends[2]}, launch.m, launch.n, launch.k,
-            launch.group_size, launch.stream, dependence_of(tactic, launch), tactic.cluster});
+    const decode::Kernels &kernels = *tactic.kernels;
+    const bool zeros = launch.zeros != nullptr;
+    const decode::Launch own{launch.a, launch.b, launch.scales, launch.zeros, launch.bias,
+        {launch.outputs.c[0], launch.outputs.c[1], launch.outputs.c[2]},
+        {launch.outputs.ends[0], launch.outputs.ends[1], launch.outputs.ends[2]}, launch.m, launch.n, launch.k,
+        launch.group_size, launch.stream, dependence_of(tactic, launch), tactic.cluster};
+    const cudaError_t error = launch.norm != nullptr
+        ? decode::launch_normalizing(kernels.normalizing_of_group(launch.group_size, zeros), own, *launch.norm)
+        : decode::launch(kernels.of_group(launch.group_size, zeros), own);
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(tactic.name) + ": " + cudaGetErrorString(error));
     }

@@ -16,6 +16,10 @@ bool decode_supports_quietly(const DecodeTactic &tactic, const Problem &problem)
 // Of W: how many columns a CTA computes.
 int decode_rows(const DecodeTactic &tactic);
 
+// Whether it has a kernel that normalises the problem's rows itself, and what that costs: how many columns of W the
+// busiest SM could stream instead.  Negative: it has none.
+std::int64_t decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, int sm_count);
+
 void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info);
 
 // Throws what the launch refuses.

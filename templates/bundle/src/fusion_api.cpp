@@ -2,6 +2,7 @@
 
 // The part of the C API that normalises activations, alone or before projections.
 
+#include "decode/norm.h"
 #include "extents.h"
 #include "fusion/normalize_rows.h"
 #include "fusion/split_columns.h"
@@ -33,10 +34,21 @@ struct Call {
     int count;
     bool splits;
     bool splits_at_once; // the product's own kernel does
+    bool one_kernel;     // each product's own kernel normalises
     std::size_t rows_bytes;    // of the workspace: the normalised rows,
     std::size_t product_bytes; // a product that is yet to be split,
     std::size_t tactic_bytes;  // and what tactics want, one after the other
 };
+
+w4a16_status check_fusion_flags(std::uint32_t flags) {
+    constexpr std::uint32_t forms = W4A16_RUN_ONE_KERNEL | W4A16_RUN_TWO_KERNELS;
+    if ((flags & ~(W4A16_RUN_OVERLAP | forms)) != 0 || (flags & forms) == forms) {
+        return fail(W4A16_ERROR_INVALID_ARGUMENT,
+            "flags is %u, expected W4A16_RUN_OVERLAP, W4A16_RUN_ONE_KERNEL or W4A16_RUN_TWO_KERNELS (not both), or 0",
+            static_cast<unsigned>(flags));
+    }
+    return W4A16_OK;
+}
 
 w4a16_status check_norm(std::int32_t norm, std::int64_t m, std::int64_t x_stride, std::int64_t hidden, float eps,
     std::int64_t k) {
@@ -88,11 +100,48 @@ w4a16_status check_norm_pointers(const void *x, const void *weight, const void *
     return check_named(columns, "columns", -1, 16, true);
 }
 
+// Whether the kernels that normalise by themselves can read the rows: in vectors, and in their own order.  Nothing is
+// known of an x that is yet to come, so what it may need is counted, unless it must not need it.
+bool reads_in_vectors(const w4a16_norm_qkv_args &args, bool asked) {
+    const auto vectored = [](const void *pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
+    return (args.x != nullptr || asked) && args.columns == nullptr && args.hidden % 8 == 0 && args.x_stride % 8 == 0
+        && vectored(args.x) && vectored(args.ln_weight) && vectored(args.ln_bias);
+}
+
+// Has each product's own kernel normalise where that takes less time, or was asked for.
+w4a16_status choose_form(const w4a16_norm_qkv_args &args, Call &call) {
+    if (args.m == 0 || (args.flags & W4A16_RUN_TWO_KERNELS) != 0) {
+        return W4A16_OK;
+    }
+    const bool asked = (args.flags & W4A16_RUN_ONE_KERNEL) != 0;
+    std::int32_t tactics[most_segments] = {};
+    call.one_kernel = reads_in_vectors(args, asked);
+    for (int i = 0; i < call.count && call.one_kernel; ++i) {
+        Problem problem{};
+        if (const w4a16_status status = check_problem(&call.segments[i].problem, problem); status != W4A16_OK) {
+            return status;
+        }
+        tactics[i] = args.tactic[i];
+        call.one_kernel = args.tactic[i] != W4A16_AUTO
+            ? normalizes(args.tactic[i], problem)
+            : choose_normalizing(problem, sm_count_or_default(), asked, tactics[i]);
+    }
+    if (asked && !call.one_kernel) {
+        return fail(W4A16_ERROR_UNSUPPORTED,
+            "no kernel of these tactics normalises %lld rows of %lld, in this order and alignment, by itself",
+            static_cast<long long>(args.m), static_cast<long long>(args.hidden));
+    }
+    for (int i = 0; i < call.count && call.one_kernel; ++i) {
+        call.segments[i].tactic = tactics[i];
+    }
+    return W4A16_OK;
+}
+
 w4a16_status prepare(const w4a16_norm_qkv_args *args, Call &call) {
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
-    if (const w4a16_status status = check_flags(args->flags); status != W4A16_OK) {
+    if (const w4a16_status status = check_fusion_flags(args->flags); status != W4A16_OK) {
         return status;
     }
     if (const w4a16_status status
@@ -137,7 +186,10 @@ w4a16_status prepare(const w4a16_norm_qkv_args *args, Call &call) {
             return status;
         }
     }
-    call.rows_bytes = rounded(args->m * args->k * 2);
+    if (const w4a16_status status = choose_form(*args, call); status != W4A16_OK) {
+        return status;
+    }
+    call.rows_bytes = call.one_kernel ? 0 : rounded(args->m * args->k * 2);
     call.splits_at_once = call.splits && splits_columns(call.segments[0].tactic);
     call.product_bytes = call.splits && !call.splits_at_once ? rounded(args->m * columns * 2) : 0;
     return W4A16_OK;
@@ -222,17 +274,30 @@ Outputs outputs_of(const w4a16_norm_qkv_args &args) {
     return made;
 }
 
-// From normalised rows to c, or with a split to `product`.  Weights were there before the kernel that normalised started,
-// so every launch may begin early.  Only tactics that do not begin early have a workspace, so one serves all of them.
+decode::Norm norm_of(const w4a16_norm_qkv_args &args) {
+    decode::Norm made{};
+    made.x = static_cast<const __half *>(args.x);
+    made.x_stride = args.x_stride;
+    made.weight = static_cast<const __half *>(args.ln_weight);
+    made.bias = static_cast<const __half *>(args.ln_bias);
+    made.hidden = static_cast<int>(args.hidden);
+    made.eps = args.eps;
+    made.rms = args.norm == W4A16_NORM_RMS;
+    return made;
+}
+
+// From normalised rows, or with one kernel from x, to c, or with a split to `product`.  Weights were there before the
+// call's first kernel started, so every launch after it may begin early.  Only tactics that do not begin early have a
+// workspace, so one serves all of them.
 w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const void *rows, void *product,
     void *workspace, CUstream_st *stream) {
     for (int i = 0; i < call.count; ++i) {
         const Segment &segment = call.segments[i];
         w4a16_args run{};
         run.struct_size = sizeof run;
-        run.flags = W4A16_RUN_OVERLAP;
+        run.flags = call.one_kernel && i == 0 ? args.flags & W4A16_RUN_OVERLAP : W4A16_RUN_OVERLAP;
         run.problem = &segment.problem;
-        run.a = rows;
+        run.a = call.one_kernel ? nullptr : rows;
         run.b = static_cast<const unsigned char *>(args.b) + segment.first_byte;
         run.scales = args.scales[i];
         run.zeros = args.zeros[i];
@@ -241,8 +306,9 @@ w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const vo
         run.workspace = call.tactic_bytes > 0 ? workspace : nullptr;
         run.workspace_bytes = call.tactic_bytes;
         const Outputs parts = outputs_of(args);
-        const w4a16_status status
-            = w4a16::run(segment.tactic, &run, call.splits_at_once ? &parts : nullptr, stream);
+        const decode::Norm norm = norm_of(args);
+        const w4a16_status status = w4a16::run(segment.tactic, &run, call.splits_at_once ? &parts : nullptr,
+            call.one_kernel ? &norm : nullptr, stream);
         if (status != W4A16_OK) {
             return status;
         }
@@ -311,18 +377,20 @@ w4a16_status w4a16_norm_qkv(const w4a16_norm_qkv_args *args, void *given_stream)
         return status;
     }
     const std::size_t needed = call.rows_bytes + call.product_bytes + call.tactic_bytes;
-    if (args->workspace == nullptr || args->workspace_bytes < needed) {
+    if (needed > 0 && (args->workspace == nullptr || args->workspace_bytes < needed)) {
         return fail(W4A16_ERROR_WORKSPACE, "workspace has %zu bytes, this call needs %zu",
             args->workspace == nullptr ? std::size_t{0} : args->workspace_bytes, needed);
     }
     unsigned char *const rows = static_cast<unsigned char *>(args->workspace);
     unsigned char *const product = rows + call.rows_bytes;
     unsigned char *const rest = product + call.product_bytes;
-    const fusion::Normalization normalization = normalization_of(*args, rows);
-    if (const w4a16_status status
-        = launched([&] { fusion::normalize_rows(normalization, sm_count, stream); });
-        status != W4A16_OK) {
-        return status;
+    if (!call.one_kernel) {
+        const fusion::Normalization normalization = normalization_of(*args, rows);
+        if (const w4a16_status status
+            = launched([&] { fusion::normalize_rows(normalization, sm_count, stream); });
+            status != W4A16_OK) {
+            return status;
+        }
     }
     if (const w4a16_status status = project(*args, call, rows, product, rest, stream); status != W4A16_OK) {
         return status;

@@ -13,6 +13,11 @@ struct CUstream_st;
 
 namespace w4a16 {
 
+namespace decode {
+struct Kernels; // decode/launch.h
+struct Norm;    // decode/norm.h
+} // namespace decode
+
 // A product's columns as up to three arrays side by side; decode tactics alone can write more than one.
 struct Outputs {
     void *c[3];
@@ -37,6 +42,7 @@ struct Launch {
     CUstream_st *stream;
     bool overlap; // W4A16_RUN_OVERLAP
     int sm_count;
+    const decode::Norm *norm; // not null: the tactic's kernel normalises these rows, in place of a
 };
 
 using LaunchFunction = void (*)(const Launch &launch);
@@ -64,10 +70,6 @@ struct GemvFamily {
     std::uint64_t rows; // bit m set: there is a kernel for M = m
     LaunchFunction launch;
 };
-
-namespace decode {
-struct Kernels; // decode/launch.h
-}
 
 // One configuration of this project's kernels for few rows.
 struct DecodeTactic {

@@ -23,14 +23,14 @@ w4a16_status resolve(std::int32_t given, const Problem &problem, std::int32_t &i
     return supports(index, problem);
 }
 
-w4a16_status check_pointers(const w4a16_args &args, const Problem &problem) {
+w4a16_status check_pointers(const w4a16_args &args, const Problem &problem, bool has_norm) {
     const bool zeros = problem.quant_op == W4A16_GROUP_SCALE_ZERO;
     const struct {
         const void *pointer;
         const char *name;
         bool wanted;
     } pointers[] = {
-        {args.a, "a", true},
+        {args.a, "a", !has_norm},
         {args.b, "b", true},
         {args.scales, "scales", true},
         {args.zeros, "zeros", zeros},
@@ -55,7 +55,8 @@ w4a16_status check_pointers(const w4a16_args &args, const Problem &problem) {
 
 } // namespace
 
-w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, CUstream_st *stream) {
+w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, const decode::Norm *norm,
+    CUstream_st *stream) {
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
@@ -78,7 +79,7 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *out
     if (const w4a16_status status = resolve(tactic, problem, index); status != W4A16_OK) {
         return status;
     }
-    if (const w4a16_status status = check_pointers(*args, problem); status != W4A16_OK) {
+    if (const w4a16_status status = check_pointers(*args, problem, norm != nullptr); status != W4A16_OK) {
         return status;
     }
     int sm_count = 0;
@@ -111,6 +112,7 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *out
     launch.stream = stream;
     launch.overlap = (args->flags & W4A16_RUN_OVERLAP) != 0;
     launch.sm_count = sm_count;
+    launch.norm = norm;
     return launched([&] { launch_tactic(index, problem, launch); });
 }
 
@@ -164,7 +166,7 @@ w4a16_status w4a16_workspace_size(int32_t tactic, const w4a16_problem *given, si
 }
 
 w4a16_status w4a16_run(int32_t tactic, const w4a16_args *args, void *stream) {
-    return w4a16::run(tactic, args, nullptr, static_cast<CUstream_st *>(stream));
+    return w4a16::run(tactic, args, nullptr, nullptr, static_cast<CUstream_st *>(stream));
 }
 
 w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *stream) {
@@ -172,5 +174,5 @@ w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *s
     if (const w4a16_status status = w4a16_find_tactic(tactic, &index); status != W4A16_OK) {
         return status;
     }
-    return w4a16::run(index, args, nullptr, static_cast<CUstream_st *>(stream));
+    return w4a16::run(index, args, nullptr, nullptr, static_cast<CUstream_st *>(stream));
 }

@@ -167,6 +167,11 @@ bool splits_columns(std::int32_t index) {
     return decode_tactic(index) != nullptr;
 }
 
+bool normalizes(std::int32_t index, const Problem &problem) {
+    const DecodeTactic *const tactic = decode_tactic(index);
+    return tactic != nullptr && decode_normalizing_cost(*tactic, problem, 1) >= 0;
+}
+
 bool is_gemv(std::int32_t index) {
     return index == gemm_tactics.count && gemv_families.count > 0;
 }

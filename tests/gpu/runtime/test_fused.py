@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -97,8 +98,9 @@ def test_the_call_is_right_for_packed_weights_and_for_checkpoints(
     x = made.x(m)
     poison()
     gemv = any(tactic.kind == "gemv" for tactic in LIBRARY.tactics) and m < 16
-    for joined in (None, False, True):
-        found = CALLS[norm](x, made.packed, *made.ln, EPS, joined=joined)
+    for joined, one_kernel in itertools.product((None, False, True), (None, False)):
+        form: Any = {"joined": joined, "one_kernel": one_kernel}
+        found = CALLS[norm](x, made.packed, *made.ln, EPS, **form)
         made.check(norm, found, x, LIMITS["gemv" if gemv else "gemm"])
     found = CALLS[norm](x, made.plain, *made.ln, EPS, tactic="gptq:plain")
     made.check(norm, found, x, LIMITS["gptq:plain"])
@@ -134,9 +136,13 @@ def test_strides_and_alignment_of_x_do_not_matter(made: Fused) -> None:
         wide[0, : made.k].expand(4, made.k),
     ):
         for given in (made.packed, made.plain):
-            found = fused.layernorm_qkv(x, given, *made.ln)
-            wanted = fused.layernorm_qkv(x.contiguous().clone(), given, *made.ln)
+            # One kernel for both is for rows that it can read in vectors: it gives other bits.
+            form: Any = {} if isinstance(given, GPTQTensors) else {"one_kernel": False}
+            found = fused.layernorm_qkv(x, given, *made.ln, **form)
+            wanted = fused.layernorm_qkv(x.contiguous().clone(), given, *made.ln, **form)
             assert torch.equal(found, wanted)
+            if form:
+                made.check(Norm.LAYER, fused.layernorm_qkv(x, given, *made.ln), x, 8.0)
 
 
 def test_the_same_bits_come_every_time(made: Fused) -> None:
@@ -164,6 +170,22 @@ def test_a_captured_call_is_replayed_on_new_inputs(made: Fused, m: int) -> None:
             assert torch.equal(found, wanted)
             hidden = wanted[0].repeat(1, 4)
             assert torch.equal(again, fused.layernorm_qkv(hidden, given, *made.ln))
+
+
+@pytest.mark.parametrize("norm", list(Norm))
+@pytest.mark.parametrize("m", [1, 8])
+def test_one_kernel_is_right_and_says_where_it_cannot(m: int, norm: Norm) -> None:
+    made = Fused("zeros")
+    x = made.x(m)
+    try:
+        found = CALLS[norm](x, made.packed, *made.ln, EPS, one_kernel=True)
+    except w4a16.UnsupportedError as error:
+        pytest.skip(str(error))
+    made.check(norm, found, x, LIMITS["decode"])
+    with pytest.raises(w4a16.UnsupportedError, match="by itself"):
+        CALLS[norm](made.x(17), made.packed, *made.ln, EPS, one_kernel=True)
+    with pytest.raises(w4a16.ArgumentError, match="one_kernel is True"):
+        CALLS[norm](x, made.plain, *made.ln, EPS, one_kernel=True)
 
 
 def test_a_weight_that_changes_is_read_anew() -> None:
