@@ -71,15 +71,19 @@ def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_
             assert tactic.ident.isidentifier()
 
 
-def test_the_rule_of_auto_names_tactics_of_the_default_profile_as_the_header_states_it() -> None:
-    text = (TEMPLATES / "bundle/src/choose.cpp").read_text(encoding="utf-8")
-    header = (TEMPLATES / "bundle/include/w4a16.h.j2").read_text(encoding="utf-8")
-    named = re.findall(r'^    \{\d+, "(decode:[^"]+)"', text, re.MULTILINE)
-    assert named
+def test_the_rule_of_auto_names_tactics_of_the_default_profile_and_ends_with_one_for_any_shape() -> (
+    None
+):
+    text = (TEMPLATES / "bundle/src/decode_rules.h").read_text(encoding="utf-8")
+    rules = re.findall(r'^    \{(\d+), "(decode:[^"]+)", ([^}]+)\},$', text, re.MULTILINE)
     made = {tactic.name for tactic in decode.select(load_profile(FULL), facts("permuted")).selected}
-    for name in named:
-        assert name in made
-        assert name.removeprefix("decode:") in header, f"w4a16.h does not state {name}"
+    assert rules
+    assert {name for _, name, _ in rules} <= made
+    bands = [int(m) for m, _, _ in rules]
+    assert bands == sorted(bands)
+    for band in set(bands):
+        (*_, (_, _, last)) = (rule for rule in rules if int(rule[0]) == band)
+        assert last == "0", f"no line of M <= {band} is for any N and K"
 
 
 @pytest.mark.parametrize("zeros", [False, True])

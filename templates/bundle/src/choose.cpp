@@ -2,6 +2,7 @@
 
 // The rule behind W4A16_AUTO; w4a16.h states it.
 
+#include "decode_rules.h"
 #include "decode_tactics.h"
 
 #include <algorithm>
@@ -10,62 +11,6 @@
 
 namespace w4a16 {
 namespace {
-
-// One line of the rule for decode tactics: the first that holds, and that this build has, is taken.
-struct DecodeRule {
-    int m;             // for M up to this
-    const char *name;  // of the tactic
-    float tiles_an_sm; // for N that makes at most so many tiles for each SM; 0: any
-    int k = 0;         // for K up to this; 0: any
-    float above = 0;   // for N that makes more tiles for each SM than this
-};
-
-constexpr DecodeRule decode_rules[] = {
-    {8, "decode:32x8:o2", 1},
-    {8, "decode:48x8:o2", 1, 16384},
-    {8, "decode:64x8", 1},
-    {8, "decode:48x8:o2", 1.65f},
-    {8, "decode:112x8:o2:w6", 1},
-    {8, "decode:224x8:g2", 1},
-    {8, "decode:48x8:o2", 0},
-    {16, "decode:32x8:o2", 0.5f},
-    {16, "decode:32x16:o2:w6", 1, 16384},
-    {16, "decode:32x8:o2", 1},
-    {16, "decode:64x16", 1, 8192},
-    {16, "decode:80x16", 1, 8192},
-    {16, "decode:64x16:s2:o2:c2", 1},
-    {16, "decode:128x16:s1:o2", 0},
-    {24, "decode:32x8:o2", 0.5f, 4096},
-    {32, "decode:32x8:o2", 0.25f},
-    {32, "decode:64x32:s2:o2:c2:k128", 0.5f, 8192},
-    {32, "decode:64x32:s4:c2", 0.5f},
-    {32, "decode:64x32:s4", 0.75f},
-    {32, "decode:128x32:s2:c2", 0.5f},
-    {32, "decode:192x32:s1:c2", 0.5f},
-    {32, "decode:256x32:s1", 2, 0, 1.5f},
-    {32, "decode:128x32:s1:o2", 0},
-    {64, "decode:32x16:o2:w6", 0.25f},
-    {64, "decode:64x64:s2:o2:c2:k128", 0.5f, 8192},
-    {64, "decode:64x64:s4:c2:k128", 0.5f},
-    {64, "decode:64x64:s4:k128", 0.75f, 8192},
-    {64, "decode:128x64:s2:c2", 0.5f},
-    {64, "decode:192x64:s1:c2", 0.5f},
-    {64, "decode:64x64:s4:k128", 1.75f, 0, 1.5f},
-    {64, "decode:192x64:s1:c2", 1.5f, 0, 1.4f},
-    {64, "decode:256x64:s1", 0},
-    {96, "decode:64x32:s2:o2:c2:k128", 0.13f},
-    {96, "decode:64x32:s4", 0.31f},
-    {96, "decode:128x32:s1:o2", 0.31f, 8192},
-    {96, "decode:192x32:s1:c2", 0.17f},
-    {128, "decode:64x32:s2:o2:c2:k128", 0.13f},
-    {128, "decode:64x64:s2:o2:c2:k128", 0.25f},
-    {128, "decode:64x64:s4:k128", 0.5f, 8192},
-    {128, "decode:128x64:s2:c2", 0.25f},
-    {128, "decode:192x64:s1:c2", 0.25f},
-    {128, "decode:192x128:s1:c2:n4:k128", 0.5f, 0, 0.36f},
-    {128, "decode:128x128:s1", 1, 0, 0.75f},
-    {128, "decode:128x128:s1", 2, 0, 1.5f},
-};
 
 // The narrow tactics' most tokens: those alone take groups of 32, at any M.
 constexpr int narrow_tokens = 16;
