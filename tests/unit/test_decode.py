@@ -71,9 +71,7 @@ def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_
             assert tactic.ident.isidentifier()
 
 
-def test_the_rule_of_auto_names_tactics_of_the_default_profile_and_ends_with_one_for_any_shape() -> (
-    None
-):
+def test_the_rule_of_auto_names_tactics_of_the_profile_and_has_one_for_any_shape() -> None:
     text = (TEMPLATES / "bundle/src/decode_rules.h").read_text(encoding="utf-8")
     rules = re.findall(r'^    \{(\d+), "(decode:[^"]+)", ([^}]+)\},$', text, re.MULTILINE)
     made = {tactic.name for tactic in decode.select(load_profile(FULL), facts("permuted")).selected}
