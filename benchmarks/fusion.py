@@ -37,7 +37,7 @@ TARGET_US = 250.0
 #: The kernel for a checkpoint's own layout reads the weight once for 8 rows.
 MOST_ROWS_PLAIN = 64
 #: A product's own kernel normalises no more than that.
-MOST_ROWS_ONE_KERNEL = 16
+MOST_ROWS_ONE_KERNEL = 2
 #: Bytes of weights between two reads of the same ones: more than twice the L2 of an H200.
 ROTATED_BYTES = 130e6
 CALLS, CALLS_MANY_ROWS, MANY_ROWS = 20, 5, 512

@@ -139,7 +139,7 @@ class NarrowChoice(Model):
     """That multiply; fewer leave more registers to each."""
     ctas_per_sm: Literal[1, 2] = 1
     normalizes: bool = False
-    """Also make kernels that normalise the rows of activations first."""
+    """Also make kernels that normalise a few rows of activations first."""
 
     @model_validator(mode="after")
     def _whole_tiles(self) -> NarrowChoice:
@@ -148,6 +148,12 @@ class NarrowChoice(Model):
             raise ValueError(
                 f"rows {self.rows} with {self.row_groups} row_groups: not a multiple of {unit}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _few_rows_to_normalize(self) -> NarrowChoice:
+        if self.normalizes and (self.tokens, self.warps) != (8, 8):
+            raise ValueError("normalizes: only kernels of 8 tokens and 8 warps do")
         return self
 
     @model_validator(mode="after")
@@ -167,10 +173,9 @@ class NarrowChoice(Model):
         sums = shares * self.tokens * (self.rows + 4) * 4
         _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1)
         if self.normalizes:  # as kernels/decode/normalizing.h has it
-            rows, statistics = (128, 4096) if self.ctas_per_sm == 1 else (32, 2048)
-            taken = rows * 1024 + statistics + 128
+            taken = 16 * 1024 + 2 * 8 * self.warps + 128
             tile = self.rows * 128
-            _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, shares // 2, taken)
+            _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1, taken)
         return self
 
 

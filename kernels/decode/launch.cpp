@@ -89,6 +89,9 @@ int shift_of(int group_size) {
     return (size & (size - 1)) == 0 ? __builtin_ctz(size) : 31;
 }
 
+// log2 of how many rows share the warps of a kernel that normalises them.
+int rows_shift_of(int m) { return m <= 1 ? 0 : m <= 2 ? 1 : 2; }
+
 int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1 : 0); }
 
 Problem problem_of(const Launch &launch) {
@@ -97,9 +100,6 @@ Problem problem_of(const Launch &launch) {
         {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k, shift_of(launch.group_size),
         launch.dependence};
 }
-
-// Of a CTA that has an SM to itself.
-constexpr int most_shared_bytes = 227 * 1024;
 
 } // namespace
 
@@ -153,29 +153,9 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     return cudaLaunchKernelExC(&config, function, arguments);
 }
 
-NormalizingFit fit(const NormalizingKernel &kernel, int m, int k) {
-    const Kernel &shape = kernel.shape;
-    const int columns = ceil_div(k, shape.stage_k) * shape.stage_k;
-    const int lines = shape.small_boxes ? m : shape.tokens;
-    if (m > shape.tokens || columns > most_shared_bytes / 2 / lines) {
-        return {};
-    }
-    const int bytes = shape.shared_bytes + lines * columns * 2;
-    if (bytes > most_shared_bytes) {
-        return {};
-    }
-    // The fewer segments, the more rows a pass has; the more of them, the sooner few rows are over.
-    const int row_vectors = columns / 8;
-    const int consumers = shape.threads - 32;
-    for (int shift = 3; shift >= 0; --shift) {
-        const int rows = kernel.row_sets * (8 >> shift);
-        const bool held = row_vectors <= kernel.vectors * (consumers >> (3 - shift));
-        const bool more_hold = shift > 0 && row_vectors <= kernel.vectors * (consumers >> (4 - shift));
-        if (held && (rows >= m || !more_hold)) {
-            return {bytes, shift, ceil_div(m, rows)};
-        }
-    }
-    return {};
+bool fits(const NormalizingKernel &kernel, int m, int k) {
+    const int stage_k = kernel.shape.stage_k;
+    return m <= 4 && static_cast<std::int64_t>(ceil_div(k, stage_k)) * stage_k << rows_shift_of(m) <= kernel.most_halves;
 }
 
 cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &launch, const Norm &given) {
@@ -183,7 +163,7 @@ cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &la
     CUtensorMap scales;
     CUtensorMap zeros{};
     const void *const function = reinterpret_cast<const void *>(kernel.function);
-    if (const cudaError_t error = prepare(function, most_shared_bytes, *kernel.shape.prepared); error != cudaSuccess) {
+    if (const cudaError_t error = prepare(function, kernel.shape.shared_bytes, *kernel.shape.prepared); error != cudaSuccess) {
         return error;
     }
     if (const cudaError_t error = encode_weights(weights, kernel.shape, launch); error != cudaSuccess) {
@@ -197,10 +177,9 @@ cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &la
             return error;
         }
     }
-    const NormalizingFit found = fit(kernel, launch.m, launch.k);
     Norm norm = given;
     norm.inverse = 1.0f / static_cast<float>(norm.hidden);
-    norm.segments_shift = found.segments_shift;
+    norm.rows_shift = rows_shift_of(launch.m);
     const Problem problem = problem_of(launch);
     cudaLaunchAttribute serialization{};
     serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -208,7 +187,7 @@ cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &la
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(ceil_div(launch.n, kernel.shape.rows));
     config.blockDim = dim3(kernel.shape.threads);
-    config.dynamicSmemBytes = found.shared_bytes;
+    config.dynamicSmemBytes = kernel.shape.shared_bytes;
     config.stream = launch.stream;
     config.attrs = &serialization;
     config.numAttrs = launch.dependence != independent ? 1 : 0;

@@ -35,10 +35,9 @@ using NormalizingFunction
 // One instantiation that normalises its activations.
 struct NormalizingKernel {
     NormalizingFunction function; // null: there is none
-    Kernel shape;                 // without a function; rows of activations follow its bytes of shared memory
+    Kernel shape;                 // without a function
     int ctas_per_sm;              // that it was compiled for
-    int row_sets;                 // what a thread holds of rows, see normalizing.h
-    int vectors;
+    int most_halves;              // that its threads hold: of all rows, M rounded up to a power of two
 };
 
 template <auto function>
@@ -54,9 +53,8 @@ constexpr Kernel kernel_of() {
 template <typename Shape, NormalizingFunction function>
 constexpr NormalizingKernel normalizing_kernel_of() {
     Kernel shape = kernel_of<Shape, nullptr>();
-    shape.shared_bytes = Shape::rows_at;
     shape.prepared = &prepared_devices<function>;
-    return {function, shape, Shape::ctas_per_sm, Shape::row_sets, Shape::vectors};
+    return {function, shape, Shape::ctas_per_sm, Shape::rows_bytes / 2};
 }
 
 struct Launch {
@@ -79,14 +77,8 @@ struct Launch {
 // On the current device.  Allocates nothing and waits for nothing.
 cudaError_t launch(const Kernel &kernel, const Launch &launch);
 
-// How a kernel that normalises would hold m rows.
-struct NormalizingFit {
-    int shared_bytes; // of a CTA; 0: they do not fit
-    int segments_shift;
-    int passes; // over the rows
-};
-
-NormalizingFit fit(const NormalizingKernel &kernel, int m, int k);
+// Whether a kernel that normalises takes m rows.
+bool fits(const NormalizingKernel &kernel, int m, int k);
 
 // The product of rows that it normalises, in place of launch.a.  They fit.
 cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &launch, const Norm &norm);

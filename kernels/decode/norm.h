@@ -18,8 +18,8 @@ struct Norm {
     float eps;
     bool rms;
     // Set by the launch.
-    float inverse;      // 1 / hidden
-    int segments_shift; // log2 of the segments that a row is cut into, 0 to 3: see normalizing.h
+    float inverse;  // 1 / hidden
+    int rows_shift; // log2 of the rows that the warps share: M, rounded up
 };
 
 } // namespace w4a16::decode

@@ -113,14 +113,6 @@ __device__ __forceinline__ void mma_16x8x16(float (&d)[4], std::uint32_t a0, std
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// The same with half of K.
-__device__ __forceinline__ void mma_16x8x8(
-    float (&d)[4], std::uint32_t a0, std::uint32_t a1, std::uint32_t b, const float (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
-}
-
 // ---- warps, named barriers, clusters, dependent launch ----
 
 // True in one lane of a warp whose lanes are all here.  Unlike with lane == 0, the compiler then knows that what

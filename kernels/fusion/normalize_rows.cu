@@ -119,6 +119,25 @@ __global__ void __launch_bounds__(most_threads) normalize_rows_kernel(const Norm
     for (int v = 0; v < vectors; ++v) {
         held[v] = load<aligned>(row, first_of(v), p.hidden);
     }
+    // Asked for along with the rows, where registers allow: else another latency follows the statistics.
+    constexpr bool ahead = vectors <= 2;
+    Halves weights[vectors];
+    Halves biases[vectors];
+    const auto load_affine = [&](int v) {
+        weights[v] = biases[v] = Halves{};
+        if (p.weight != nullptr) {
+            weights[v] = load<aligned>(p.weight, first_of(v), p.hidden);
+        }
+        if (p.bias != nullptr) {
+            biases[v] = load<aligned>(p.bias, first_of(v), p.hidden);
+        }
+    };
+    if constexpr (ahead) {
+#pragma unroll
+        for (int v = 0; v < vectors; ++v) {
+            load_affine(v);
+        }
+    }
     const float count = static_cast<float>(p.hidden);
     float shift = 0; // what is subtracted from x: the mean as far as the first pass knows it, and its correction
     float correction = 0;
@@ -166,20 +185,15 @@ __global__ void __launch_bounds__(most_threads) normalize_rows_kernel(const Norm
         if (first >= (gathers ? p.hidden : p.k)) {
             continue;
         }
-        Halves weight{};
-        Halves bias{};
-        if (p.weight != nullptr) {
-            weight = load<aligned>(p.weight, first, p.hidden);
-        }
-        if (p.bias != nullptr) {
-            bias = load<aligned>(p.bias, first, p.hidden);
+        if constexpr (!ahead) {
+            load_affine(v);
         }
         Halves result;
 #pragma unroll
         for (int i = 0; i < vector_halves / 2; ++i) {
             const float2 x = __half22float2(held[v].pairs[i]);
-            const float2 w = p.weight != nullptr ? __half22float2(weight.pairs[i]) : make_float2(1, 1);
-            const float2 b = __half22float2(bias.pairs[i]);
+            const float2 w = p.weight != nullptr ? __half22float2(weights[v].pairs[i]) : make_float2(1, 1);
+            const float2 b = __half22float2(biases[v].pairs[i]);
             // Columns that only the padded K has are 0, whatever the row holds.
             const float low = first + 2 * i < p.hidden ? normalized(x.x, w.x, b.x) : 0.0f;
             const float high = first + 2 * i + 1 < p.hidden ? normalized(x.y, w.y, b.y) : 0.0f;

@@ -67,7 +67,7 @@ _TILE = 128
 #: Flags for what ``one_kernel`` may be, beside -1.
 _FORMS = {0: RUN_TWO_KERNELS, 1: RUN_ONE_KERNEL}
 #: Rows that a kernel may normalise beside its product.
-_MOST_ROWS_OF_ONE = 16
+_MOST_ROWS_OF_ONE = 4
 
 
 def register(library: Any, tags: Sequence[Any]) -> None:

@@ -330,8 +330,8 @@ def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[
     source = ctypes.create_string_buffer(plain, len(plain))
     library.pack(None, ctypes.addressof(source), K, N, ctypes.addressof(out))
     values = [(q - 8) / 64 for q in row]
-    forms = (0, RUN_TWO_KERNELS)  # the first of up to 16 rows is one kernel, where there are such
-    for m, joined, form in itertools.product((1, 5, 12, 70), (False, True), forms):
+    forms = (0, RUN_TWO_KERNELS)  # of up to 2 rows the first is one kernel, where there are such
+    for m, joined, form in itertools.product((1, 2, 5, 12, 70), (False, True), forms):
         wanted, first = b"", 0
         for width in widths:
             wanted += halves(values[first : first + width]) * m

@@ -640,11 +640,13 @@ def test_one_kernel_normalises_any_kind_of_row(
     )
     ln = reference.randn((hidden,), source) if affine else None
     ran = 0
-    for m in (1, 2, 3, 4, 5, 8, 11, 16):
+    for m in (1, 2, 3, 4):
         x = hostile(m, hidden, source)
         exact = exact_norm(norm, x, ln, ln)
-        # As with identity weights, elsewhere in this file.
+        # As with identity weights, elsewhere in this file; of 16 products a tensor core drops what
+        # is below 2**-15 of the largest, which here is 8 times the largest activation.
         summed = exact.abs().sum(1, keepdim=True) * 2**-17
+        summed += exact.abs().amax(1, keepdim=True) * 2**-11
         wanted = exact[:, at]
         for tactic in own_norm:
             make = partial(Fused, library, weights, (n,), x, ln, ln, None)
@@ -670,12 +672,12 @@ def test_one_kernel_normalises_any_kind_of_row(
     ],
     ids=lambda value: value.label if isinstance(value, QuantOp) else f"g{value}",
 )
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 6, 8, 9, 16])
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
 def test_every_tactic_that_normalises_multiplies_right(
     library: Library, own_norm: list[int], m: int, op: QuantOp, group: int, joined: bool
 ) -> None:
     ran = 0
-    for hidden in (768, 4096):
+    for hidden in (768, 1792, 4096, 8192):
         for tactic in own_norm:
             given: dict[str, Any] = {"m": m, "hidden": hidden, "op": op, "group": group}
             more: dict[str, Any] = {"joined": joined, "tactic": tactic, "form": RUN_ONE_KERNEL}
@@ -690,7 +692,7 @@ def test_every_tactic_that_normalises_multiplies_right(
 
 
 def test_one_kernel_gives_what_two_do_up_to_rounding(library: Library, own_norm: list[int]) -> None:
-    for m in (1, 8):
+    for m in (1, 2):
         both = [
             fused(library, f"forms-{m}", m=m, hidden=4096, joined=True, form=form)
             for form in (RUN_ONE_KERNEL, RUN_TWO_KERNELS)
@@ -704,11 +706,11 @@ def test_one_kernel_gives_what_two_do_up_to_rounding(library: Library, own_norm:
 def test_rows_that_one_kernel_cannot_read_are_normalised_by_another(
     library: Library, own_norm: list[int]
 ) -> None:
-    made = fused(library, "unaligned", m=3)
-    storage = torch.zeros(3 * 1032 + 8, dtype=torch.float16, device=reference.DEVICE)
+    made = fused(library, "unaligned", m=2)
+    storage = torch.zeros(2 * 1032 + 8, dtype=torch.float16, device=reference.DEVICE)
     aligned = made.x.clone()
     for shift, stride, one in ((0, 1032, True), (3, 1032, False), (0, 1027, False)):
-        x = torch.as_strided(storage, (3, 1024), (stride, 1), shift)
+        x = torch.as_strided(storage, (2, 1024), (stride, 1), shift)
         x.copy_(aligned)
         again = replace(made, x=x)
         assert (again.args.workspace_bytes == 0) is one
@@ -722,16 +724,16 @@ def test_rows_that_one_kernel_cannot_read_are_normalised_by_another(
 def test_the_size_of_the_workspace_is_enough_for_any_x_where_none_is_given(
     library: Library, own_norm: list[int]
 ) -> None:
-    made = fused(library, "no x yet", m=3)
+    made = fused(library, "no x yet", m=2)
     made.args.x = None
-    assert library.norm_qkv_workspace(made.args) >= 3 * 1024 * 2
+    assert library.norm_qkv_workspace(made.args) >= 2 * 1024 * 2
     made.args.flags = RUN_ONE_KERNEL
     assert library.norm_qkv_workspace(made.args) == 0
 
 
 def test_one_kernel_is_refused_where_none_can(library: Library, own_norm: list[int]) -> None:
     given: dict[str, Any] = {"form": RUN_ONE_KERNEL}
-    for more in ({"m": 17}, {"m": 2, "act_order": True}, {"m": 2, "hidden": 16384}):
+    for more in ({"m": 5}, {"m": 2, "act_order": True}, {"m": 2, "hidden": 8192}):
         with pytest.raises(ApiError, match="by itself") as caught:
             fused(library, "refused", **given, **more)  # type: ignore[arg-type]
         assert caught.value.status is Status.ERROR_UNSUPPORTED

@@ -61,9 +61,8 @@ const DecodeTactic *cheapest_normalizing(const Problem &problem, int sm_count) {
     return best;
 }
 
-// An SM normalises all rows again for each tile that it works on.  That takes longer than a kernel for the norm and the
-// wait for it from so many rows of all tiles on, each tile counted as two rows more.
-constexpr int most_normalized_rows = 18;
+// Every SM normalises all rows; from so many on a kernel for the norm, and the wait for it, take less time.
+constexpr int most_normalized_rows = 2;
 
 std::int32_t index_of(const DecodeTactic &tactic) {
     return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
@@ -136,8 +135,7 @@ bool choose_normalizing(const Problem &problem, int sm_count, bool at_any_cost, 
         return false;
     }
     index = index_of(*found);
-    const std::int64_t tiles = ceil_div(ceil_div(problem.n, decode_rows(*found)), sm_count); // of an SM
-    return at_any_cost || tiles * (problem.m + 2) <= most_normalized_rows;
+    return at_any_cost || problem.m <= most_normalized_rows;
 }
 
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
