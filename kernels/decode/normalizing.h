@@ -94,34 +94,37 @@ struct Normalizer {
             bias[v] = load_vector(norm.bias + vector * vector_halves, inside && norm.bias != nullptr, 0);
         }
         float2 sums = {0.f, 0.f}; // of values and of their squares
-        for_each(held, [&](float x) { sums = {sums.x + x, fmaf(x, x, sums.y)}; });
+        for_each_vector([&](int v) {
+            for_each_of(held[v], [&](float x) { sums = {sums.x + x, fmaf(x, x, sums.y)}; });
+        });
         sums = sum_of_row(sums, 0);
         const float mean = norm.rms ? 0.f : sums.x * norm.inverse;
         const float power = sums.y * norm.inverse;
         float variance = fmaf(-mean, mean, power);
-        float correction = 0.f;
+        float shift = 0.f; // a normalised value is (x - shift) * factor + offset, times weight, and bias
+        float correction = mean;
         // Where the mean is large the squares have lost the deviation, which is summed by itself then.  A mean of four
         // deviations costs a few bits, which can be spared.  The same answer in all of the row's threads; so for NaNs.
         if (!norm.rms && !(variance * 16.f >= power)) {
             float2 deviations = {0.f, 0.f};
-#pragma unroll
-            for (int v = 0; v < vectors; ++v) {
+            for_each_vector([&](int v) {
                 if (first + v * step < row_vectors) { // what the padding deviates does not count
                     for_each_of(held[v], [&](float x) {
                         const float deviation = x - mean;
                         deviations = {deviations.x + deviation, fmaf(deviation, deviation, deviations.y)};
                     });
                 }
-            }
+            });
             deviations = sum_of_row(deviations, 1);
+            shift = mean;
             // Their own mean is what rounding left of the first pass.
             correction = deviations.x * norm.inverse;
             variance = fmaf(-correction, correction, deviations.y * norm.inverse);
             variance = variance < 0.f ? 0.f : variance; // not fmaxf, which would make 0 of a NaN
         }
         const float factor = rsqrtf(variance + norm.eps);
-#pragma unroll
-        for (int v = 0; v < vectors; ++v) {
+        const float offset = -correction * factor;
+        for_each_vector([&](int v) {
             const int vector = first + v * step;
             if (row < m && vector < padded_vectors) {
 #pragma unroll
@@ -129,13 +132,13 @@ struct Normalizer {
                     const float2 x = floats_of(word_of(held[v], i));
                     const float2 w = floats_of(word_of(weight[v], i));
                     const float2 b = floats_of(word_of(bias[v], i));
-                    const __half2 halves = __floats2half2_rn(fmaf((x.x - mean - correction) * factor, w.x, b.x),
-                        fmaf((x.y - mean - correction) * factor, w.y, b.y));
+                    const __half2 halves = __floats2half2_rn(fmaf(fmaf(x.x - shift, factor, offset), w.x, b.x),
+                        fmaf(fmaf(x.y - shift, factor, offset), w.y, b.y));
                     word_of(held[v], i) = reinterpret_cast<const std::uint32_t &>(halves);
                 }
                 *place(vector) = held[v];
             }
-        }
+        });
     }
 
 private:
@@ -149,11 +152,15 @@ private:
         }
     }
 
+    // As many as the row has for its threads; the others' code is not even fetched.
     template <typename Visit>
-    static __device__ __forceinline__ void for_each(uint4 (&held)[vectors], Visit visit) {
+    __device__ __forceinline__ void for_each_vector(Visit visit) const {
 #pragma unroll
         for (int v = 0; v < vectors; ++v) {
-            for_each_of(held[v], visit);
+            if (v * step >= padded_vectors) { // the same in all of the row's threads
+                break;
+            }
+            visit(v);
         }
     }
 

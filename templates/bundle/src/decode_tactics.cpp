@@ -94,9 +94,10 @@ std::int64_t decode_normalizing_cost(const DecodeTactic &tactic, const Problem &
     if (!decode::fits(kernel, problem.m, problem.k)) {
         return -1;
     }
-    // With room for two CTAs an SM, of one launch or of the next, one multiplies while the other waits.
+    // By the rows that the busiest SM multiplies, and a little more for each tile, as each normalises again.
+    constexpr int of_tile = 8;
     const std::int64_t tiles = (static_cast<std::int64_t>(problem.n) + kernel.shape.rows - 1) / kernel.shape.rows;
-    return (tiles + sm_count - 1) / sm_count * kernel.shape.rows * 2 - (kernel.ctas_per_sm > 1 ? 1 : 0);
+    return (tiles + sm_count - 1) / sm_count * (kernel.shape.rows + of_tile);
 }
 
 void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
