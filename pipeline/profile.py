@@ -171,11 +171,11 @@ class NarrowChoice(Model):
         scales = 2 * 8 * self.rows * 2  # groups of 32, with zeros
         shares = self.warps // self.row_groups
         sums = shares * self.tokens * (self.rows + 4) * 4
-        _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1)
+        _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, shares // 2)
         if self.normalizes:  # as kernels/decode/normalizing.h has it
             taken = 16 * 1024 + 2 * 8 * self.warps + 128
             tile = self.rows * 128
-            _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, 1, taken)
+            _refuse_few_stages(tile, scales, sums, self.ctas_per_sm, shares // 2, taken)
         return self
 
 

@@ -36,7 +36,6 @@ using NormalizingFunction
 struct NormalizingKernel {
     NormalizingFunction function; // null: there is none
     Kernel shape;                 // without a function
-    int ctas_per_sm;              // that it was compiled for
     int most_halves;              // that its threads hold: of all rows, M rounded up to a power of two
 };
 
@@ -54,7 +53,7 @@ template <typename Shape, NormalizingFunction function>
 constexpr NormalizingKernel normalizing_kernel_of() {
     Kernel shape = kernel_of<Shape, nullptr>();
     shape.prepared = &prepared_devices<function>;
-    return {function, shape, Shape::ctas_per_sm, Shape::rows_bytes / 2};
+    return {function, shape, Shape::rows_bytes / 2};
 }
 
 struct Launch {

@@ -38,6 +38,7 @@ struct NarrowShape {
     static_assert(sets > 0 && warps == sets * 2 * row_groups, "every row group has as many pairs of warps");
     using Ring = FittingRing<rows, tokens, 256, group, zeros, stages_, ctas_per_sm>;
     static_assert(Ring::bytes <= shared_bytes_of_a_cta(ctas_per_sm), "the stages fit into shared memory");
+    static_assert(Ring::stages >= sets, "each pair of warps has a stage to begin with");
 
     static constexpr int sums_pitch = rows + 4; // keeps the four lanes of a row pair in different banks
     static constexpr int sums_bytes = shares * tokens * sums_pitch * 4;

@@ -26,6 +26,7 @@ struct NormalizingShape : NarrowShape<row_groups, row_tiles, token_tiles, warps,
     static constexpr int ring_bytes = shared_bytes_of_a_cta(ctas_per_sm) - rows_bytes - statistics_bytes - copy_alignment;
     static constexpr int fitting = ring_bytes / Ring<Narrow::rows, 0, 256, group, zeros, 1>::stage_bytes;
     using Ring = decode::Ring<Narrow::rows, 0, 256, group, zeros, fitting < 24 ? fitting : 24>;
+    static_assert(Ring::stages >= Narrow::sets, "each pair of warps has a stage to begin with");
     static_assert(Narrow::sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
 
     static constexpr int rows_at = (Ring::bytes + copy_alignment - 1) / copy_alignment * copy_alignment;
