@@ -61,8 +61,9 @@ const DecodeTactic *cheapest_normalizing(const Problem &problem, int sm_count) {
     return best;
 }
 
-// Every SM normalises all rows; from so many on a kernel for the norm, and the wait for it, take less time.
-constexpr int most_normalized_rows = 2;
+// Every SM normalises all rows.  With so many columns on the busiest one, times rows, a kernel for the norm and the wait
+// for it take less time.
+constexpr std::int64_t most_normalized = 128;
 
 std::int32_t index_of(const DecodeTactic &tactic) {
     return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
@@ -135,7 +136,8 @@ bool choose_normalizing(const Problem &problem, int sm_count, bool at_any_cost, 
         return false;
     }
     index = index_of(*found);
-    return at_any_cost || problem.m <= most_normalized_rows;
+    const std::int64_t tiles = ceil_div(ceil_div(problem.n, decode_rows(*found)), sm_count); // of an SM
+    return at_any_cost || tiles * decode_rows(*found) * problem.m <= most_normalized;
 }
 
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {
