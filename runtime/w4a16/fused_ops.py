@@ -404,10 +404,10 @@ def _workspace(device: int, args: NormQkvArgs, weight: _Packed) -> int:
 
 @lru_cache(maxsize=4096)
 def _joins(device: int, m: int, widths: tuple[int, ...]) -> bool:
-    """Whether one product over all columns takes less time than one for each projection: where one
-    of those has too few tiles to keep the GPU busy twice over."""
+    """Whether one product over all columns, and a copy that splits it, take less time than one for
+    each projection: where all of them together have few tiles."""
     sm_count = LIBRARY.device(device).sm_count
-    return any(-(-n // _TILE) * -(-m // _TILE) < 2 * sm_count for n in widths)
+    return sum(-(-n // _TILE) for n in widths) * -(-m // _TILE) < 4 * sm_count
 
 
 class _Overlap:

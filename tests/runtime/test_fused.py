@@ -638,8 +638,9 @@ def test_without_rows_nothing_is_launched(host: HostLaunches) -> None:
     assert not host.seen
 
 
-def test_projections_are_joined_where_one_of_them_cannot_fill_the_gpu(host: HostLaunches) -> None:
+def test_projections_are_joined_where_all_of_them_have_few_tiles(host: HostLaunches) -> None:
     assert fused_ops._joins(0, 1, (4096, 4096, 4096))
     assert fused_ops._joins(0, 512, (4096, 4096, 4096))
-    assert fused_ops._joins(0, 2048, (4096, 1024, 1024))
-    assert not fused_ops._joins(0, 2048, (4096, 4096, 4096))
+    assert fused_ops._joins(0, 1024, (4096, 1024, 1024))
+    assert not fused_ops._joins(0, 2048, (4096, 1024, 1024))
+    assert not fused_ops._joins(0, 1024, (4096, 4096, 4096))
