@@ -557,17 +557,17 @@ def test_the_same_bits_come_every_time_with_overlap_or_without(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("norm", [LAYER, RMS], ids=["layer", "rms"])
-@pytest.mark.parametrize("m", [5, 9])
+@pytest.mark.parametrize("m", [4, 9])
 def test_a_bad_row_spoils_no_other_row_of_the_products(
     library: Library, m: int, norm: int, bad: float
 ) -> None:
     for made in forms_of(partial(fused_in_form, library, "bad-row", {"m": m, "norm": norm})):
         before = made.run().clone()
-        made.x[4, 77] = bad
+        made.x[2, 77] = bad
         after = made.run()
-        others = [row for row in range(m) if row != 4]
+        others = [row for row in range(m) if row != 2]
         assert torch.equal(after[others], before[others])
-        assert after[4].isnan().all().item()
+        assert after[2].isnan().all().item()
 
 
 @pytest.mark.parametrize("flags", [0, RUN_OVERLAP], ids=["plain", "overlap"])
