@@ -1,4 +1,4 @@
-// More tokens (16 to 128 a CTA): wgmma with the weights as the first operand, converted to half in registers.
+// More tokens (16 to 256 a CTA): wgmma with the weights as the first operand, converted to half in registers.
 //
 // A CTA owns 64 * row_groups columns of W ("rows", they are the rows of the product) and a share of K; the CTAs of a
 // cluster share K among them and add up through each other's shared memory in a fixed order.  Each consumer warpgroup

@@ -104,8 +104,13 @@ template <int vectors, bool aligned>
 __global__ void __launch_bounds__(most_threads) normalize_rows_kernel(const Normalization p) {
     static_assert(vectors <= most_vectors, "no row is as long");
     // The kernel that follows reads its weights meanwhile, and waits for all of this one before it reads `out`.
-    release_dependents();
+    if (!p.release_late) {
+        release_dependents();
+    }
     await_prerequisites();
+    if (p.release_late) {
+        release_dependents();
+    }
     extern __shared__ uint4 gathered_row[];
     __shared__ Pair partial[2][most_threads / warp_size];
     const int threads = static_cast<int>(blockDim.x);

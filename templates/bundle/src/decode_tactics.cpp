@@ -45,6 +45,12 @@ Match match(const DecodeTactic &tactic, const Problem &problem) {
     return {Match::none, most_rows};
 }
 
+// Whether all CTAs of a launch run at once, one an SM.
+bool fit_one_an_sm(const DecodeTactic &tactic, int n, int sm_count) {
+    const std::int64_t tiles = (static_cast<std::int64_t>(n) + decode_rows(tactic) - 1) / decode_rows(tactic);
+    return tiles * tactic.cluster <= sm_count;
+}
+
 // When the kernel after this one may start, if that one is launched to overlap: early, its CTAs take what room there is
 // at once, which with two of them an SM piles them up while this kernel still streams weights; late, after this one has
 // asked for all of its weights.  Measured on an H200 with two CTAs an SM: where all CTAs fit with one an SM late is 1.1 to
@@ -53,11 +59,15 @@ decode::Dependence dependence_of(const DecodeTactic &tactic, const Launch &launc
     if (!launch.overlap) {
         return decode::independent;
     }
-    const std::int64_t tiles = (launch.n + decode_rows(tactic) - 1) / decode_rows(tactic);
-    return tiles * tactic.cluster <= launch.sm_count ? decode::release_late : decode::release_early;
+    return fit_one_an_sm(tactic, launch.n, launch.sm_count) ? decode::release_late : decode::release_early;
 }
 
 } // namespace
+
+bool decode_wants_free_sms(const DecodeTactic &tactic, int n, int sm_count) {
+    constexpr int half_of_sm = 113 * 1024;
+    return tactic.kernels->first().shared_bytes <= half_of_sm && fit_one_an_sm(tactic, n, sm_count);
+}
 
 w4a16_status decode_supports(const DecodeTactic &tactic, const Problem &problem) {
     const Match found = match(tactic, problem);

@@ -385,7 +385,9 @@ w4a16_status w4a16_norm_qkv(const w4a16_norm_qkv_args *args, void *given_stream)
     unsigned char *const product = rows + call.rows_bytes;
     unsigned char *const rest = product + call.product_bytes;
     if (!call.one_kernel) {
-        const fusion::Normalization normalization = normalization_of(*args, rows);
+        fusion::Normalization normalization = normalization_of(*args, rows);
+        normalization.release_late
+            = wants_free_sms(call.segments[0].tactic, static_cast<int>(args->n[0]), sm_count);
         if (const w4a16_status status
             = launched([&] { fusion::normalize_rows(normalization, sm_count, stream); });
             status != W4A16_OK) {

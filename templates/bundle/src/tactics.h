@@ -28,6 +28,9 @@ bool is_gemv(std::int32_t index);
 // Whether the tactic can write its columns to several arrays (Launch::outputs).
 bool splits_columns(std::int32_t index);
 
+// Whether it starts best when the kernel before the last one has left the SMs.
+bool wants_free_sms(std::int32_t index, int n, int sm_count);
+
 // Whether the tactic has a kernel that normalises the problem's rows itself (Launch::norm).
 bool normalizes(std::int32_t index, const Problem &problem);
 // The best of those; unless `at_any_cost` only where it takes less time than a kernel for the norm and another one.
