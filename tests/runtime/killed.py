@@ -60,6 +60,7 @@ def count_changes(moment: int) -> Callable[[], int]:
 def run(source: Path, target: Path, moment: int, overwrite: bool) -> str:
     """In a process of its own: ``done``, ``killed``, or what went wrong."""
     reader, writer = os.pipe()
+    report = os.write  # not counted: a run that reports has ended, and killing it would hide how
     child = os.fork()
     if child == 0:
         try:
@@ -72,9 +73,9 @@ def run(source: Path, target: Path, moment: int, overwrite: bool) -> str:
                 threads=1,
                 overwrite=overwrite,
             )
-            os.write(writer, f"done {changes()}".encode())
+            report(writer, f"done {changes()}".encode())
         except BaseException:
-            os.write(writer, traceback.format_exc().encode())
+            report(writer, traceback.format_exc().encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as stream:

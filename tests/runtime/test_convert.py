@@ -367,6 +367,18 @@ def test_killed_anywhere_and_started_again_it_makes_the_same(
         assert found["ends"][-1].startswith("done"), found
 
 
+def test_a_run_that_reports_after_its_last_change_is_not_killed(tmp_path: Path) -> None:
+    made = model(tmp_path / "model")
+    paths = [str(made.path), str(tmp_path / "out"), "-"]
+    (whole,) = program(*paths, "0")
+    changes = int(whole["ends"][0].split()[1])
+    last, after = program(*paths, str(changes), str(changes + 1))
+    # A trace of the first run is left, and the second one finishes what it had begun.
+    assert [end.split()[0] for end in last["ends"]] == ["killed", "done"], last
+    # No trace would be left: OUT would be in the way of a second run.
+    assert after["ends"] == whole["ends"], after
+
+
 def test_killed_from_outside_at_random_times_it_goes_on(tmp_path: Path) -> None:
     made = model(tmp_path / "model", blocks=6)
     target = tmp_path / "out"
