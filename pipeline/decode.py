@@ -55,6 +55,8 @@ class DecodeTactic:
     """How much of K one copy brings."""
     cluster: int = 1
     """Wide: CTAs that share K."""
+    streams: bool = False
+    """Wide: all stages of all tiles are dealt out evenly (stream-K)."""
 
     @property
     def name(self) -> str:
@@ -69,6 +71,7 @@ class DecodeTactic:
         marks += [f"c{self.cluster}"] if self.cluster > 1 else []
         marks += [f"n{self.buffers}"] if self.buffers != 2 else []
         marks += [f"k{self.stage_k}"] if self.stage_k != 256 else []
+        marks += ["stream"] if self.streams else []
         return PREFIX + ":".join(marks)
 
     @property

@@ -193,6 +193,8 @@ class WideChoice(Model):
     ctas_per_sm: Literal[1, 2] = 1
     cluster: Literal[1, 2, 4, 8] = 1
     """CTAs that share K."""
+    streams: bool = False
+    """All stages of all tiles are dealt out evenly (stream-K); for that one set and no cluster."""
 
     @model_validator(mode="after")
     def _threads(self) -> WideChoice:
@@ -200,6 +202,17 @@ class WideChoice(Model):
             raise ValueError(
                 f"{self.sets} sets of {self.rows} rows are {self.rows // 64 * self.sets} "
                 "warpgroups, and a CTA has at most 7 beside its copying warp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _alone(self) -> WideChoice:
+        if self.streams and (self.sets, self.cluster) != (1, 1):
+            raise ValueError("a kernel that streams has one set and no cluster")
+        if self.streams and self.rows * self.ctas_per_sm < 128:
+            raise ValueError(
+                "a kernel that streams moves registers between its warps, and 64 rows alone on "
+                "an SM have more than they can take: 128 rows, or ctas_per_sm: 2"
             )
         return self
 

@@ -318,7 +318,9 @@ def gemv_key(name: str) -> GemvKey | None:
     )
 
 
-_DECODE = re.compile(r"\bw4a16::decode::(?:narrow|wide|normalizing)_kernel<w4a16::decode::(\w+)>")
+_DECODE = re.compile(
+    r"\bw4a16::decode::(?:narrow|wide|streaming|normalizing)_kernel<w4a16::decode::(\w+)>"
+)
 
 
 def decode_key(name: str) -> str | None:

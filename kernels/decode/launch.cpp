@@ -5,6 +5,8 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <atomic>
+#include <climits>
 
 namespace w4a16::decode {
 
@@ -94,14 +96,72 @@ int rows_shift_of(int m) { return m <= 1 ? 0 : m <= 2 ? 1 : 2; }
 
 int ceil_div(int value, int unit) { return value / unit + (value % unit != 0 ? 1 : 0); }
 
+// Tells a launch's tickets from whatever else memory may hold: from those of other launches by a count, from anything
+// else because the other bits are scattered.
+std::uint64_t new_ticket() {
+    static std::atomic<std::uint64_t> count{1};
+    return count.fetch_add(1, std::memory_order_relaxed) * 0x9E3779B97F4A7C15ull; // odd: no two are the same
+}
+
+std::int64_t stages_of(const Kernel &kernel, int m, int n, int k) {
+    return static_cast<std::int64_t>(ceil_div(n, kernel.rows)) * ceil_div(m, kernel.tokens) * ceil_div(k, kernel.stage_k);
+}
+
+// CTAs of a kernel that streams: as many as run at once, if there is a stage for each.
+int streaming_ctas(const Kernel &kernel, int m, int n, int k, int sm_count) {
+    const std::int64_t at_once = static_cast<std::int64_t>(sm_count) * kernel.streams;
+    return static_cast<int>(std::min(stages_of(kernel, m, n, k), at_once));
+}
+
+Divisor divisor(int value) {
+    int bits = 0; // so that value <= 2^bits
+    while (std::int64_t{1} << bits < value) {
+        ++bits;
+    }
+    if (value == 1) {
+        return {1, 0, 0};
+    }
+    const std::uint64_t power = std::uint64_t{1} << (31 + bits);
+    return {value, static_cast<std::uint32_t>((power + value - 1) / value), bits - 1};
+}
+
+// Whole tiles as long as there is one for each CTA, but for the last such round: the stages of that one and of the tiles
+// that are left over are divided, so that no CTA has much less than a tile.
+Streams streams_of(const Kernel &kernel, const Launch &launch, int ctas) {
+    Streams made{};
+    made.blocks_of_tile = divisor(ceil_div(launch.k, kernel.stage_k));
+    made.token_tiles = divisor(ceil_div(launch.m, kernel.tokens));
+    const int tiles = ceil_div(launch.n, kernel.rows) * made.token_tiles.value;
+    made.whole = tiles % ctas == 0 ? tiles / ctas : std::max(tiles / ctas - 1, 0);
+    made.streamed = tiles - made.whole * ctas;
+    const int stages = made.streamed * made.blocks_of_tile.value;
+    made.least = stages / ctas;
+    made.more = stages % ctas;
+    made.workspace = launch.workspace;
+    made.ticket = new_ticket();
+    return made;
+}
+
 Problem problem_of(const Launch &launch) {
     return {static_cast<const __half *>(launch.bias),
         {static_cast<__half *>(launch.c[0]), static_cast<__half *>(launch.c[1]), static_cast<__half *>(launch.c[2])},
         {launch.ends[0], launch.ends[1], launch.ends[2]}, launch.m, launch.n, launch.k, shift_of(launch.group_size),
-        launch.dependence};
+        launch.dependence, {}};
 }
 
 } // namespace
+
+bool streams_all(const Kernel &kernel, int m, int n, int k) { return stages_of(kernel, m, n, k) <= INT_MAX; }
+
+std::size_t workspace_bytes(const Kernel &kernel, int m, int n, int k, int sm_count) {
+    if (kernel.streams == 0) {
+        return 0;
+    }
+    const auto ctas = static_cast<std::size_t>(streaming_ctas(kernel, m, n, k, sm_count));
+    const std::size_t warps = kernel.rows / 16;
+    const std::size_t sums = static_cast<std::size_t>(kernel.rows) * kernel.tokens;
+    return ctas * (warps * sizeof(std::uint64_t) + sums * sizeof(float));
+}
 
 cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     if (launch.shares > kernel.most_shares) {
@@ -129,10 +189,16 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
             return error;
         }
     }
-    const Problem problem = problem_of(launch);
+    Problem problem = problem_of(launch);
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
+    if (kernel.streams > 0) {
+        const int ctas = streaming_ctas(kernel, launch.m, launch.n, launch.k, launch.sm_count);
+        problem.streams = streams_of(kernel, launch, ctas);
+        config.gridDim = dim3(ctas);
+    } else {
+        config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
+    }
     config.blockDim = dim3(kernel.threads);
     config.dynamicSmemBytes = kernel.shared_bytes;
     config.stream = launch.stream;
@@ -149,7 +215,7 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
         serialization.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         serialization.val.programmaticStreamSerializationAllowed = 1;
     }
-    void *arguments[] = {&weights, &activations, &scales, &zeros, const_cast<Problem *>(&problem)};
+    void *arguments[] = {&weights, &activations, &scales, &zeros, &problem};
     return cudaLaunchKernelExC(&config, function, arguments);
 }
 

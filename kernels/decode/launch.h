@@ -9,6 +9,7 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace w4a16::decode {
@@ -23,6 +24,7 @@ struct Kernel {
     int tokens;
     int stage_k;
     int most_shares; // of K, that CTAs of a cluster can have
+    int streams;     // CTAs an SM that share all tiles evenly, by way of a workspace; 0: each has one tile, or a share
     int shared_bytes;
     int threads;
     bool small_boxes;                     // with M below `tokens`, boxes of activations have M rows
@@ -45,8 +47,8 @@ inline std::atomic<std::uint64_t> prepared_devices{0};
 // In a unit that nvcc compiles.
 template <typename Shape, Function function>
 constexpr Kernel kernel_of() {
-    return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::most_shares, Shape::shared_bytes,
-        Shape::threads, Shape::small_boxes, &prepared_devices<function>};
+    return {function, Shape::rows, Shape::tokens, Shape::Ring::stage_k, Shape::most_shares, Shape::streams,
+        Shape::shared_bytes, Shape::threads, Shape::small_boxes, &prepared_devices<function>};
 }
 
 template <typename Shape, NormalizingFunction function>
@@ -71,7 +73,15 @@ struct Launch {
     cudaStream_t stream;
     Dependence dependence;
     int shares; // CTAs of a cluster, which share K
+    void *workspace;
+    int sm_count;
 };
+
+// Of a kernel that streams: whether it can count the stages.
+bool streams_all(const Kernel &kernel, int m, int n, int k);
+
+// Of a launch.
+std::size_t workspace_bytes(const Kernel &kernel, int m, int n, int k, int sm_count);
 
 // On the current device.  Allocates nothing and waits for nothing.
 cudaError_t launch(const Kernel &kernel, const Launch &launch);

@@ -45,6 +45,7 @@ struct NarrowShape {
     static_assert(sums_bytes <= Ring::scales_at, "partial sums reuse the stages");
     static constexpr int shared_bytes = Ring::bytes;
     static constexpr int most_shares = 1;
+    static constexpr int streams = 0;
     static constexpr bool small_boxes = tokens == 8; // of activations, see narrow_box_tokens
 };
 
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         release_dependents();
     }
     const Source<Ring, Shape::zeros> source{ring, {&weights, &activations, &scales, &zeros}, problem,
-        Work{first_row, first_token, 0, blocks}, Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
+        Work{{first_row, first_token, 0}, blocks}, Ring::stage_k * 2 * narrow_box_tokens(Shape::tokens, problem.m)};
     if (elect_lane()) {
         ring.init(2 * Shape::row_groups, warp, Shape::threads / warp_size);
         if (warp == Shape::warps) {

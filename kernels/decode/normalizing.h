@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::ctas_per_sm)
         release_dependents();
     }
     const Source<Ring, Shape::zeros> source{
-        ring, {&weights, nullptr, &scales, &zeros}, problem, Work{first_row, 0, 0, blocks}, 0};
+        ring, {&weights, nullptr, &scales, &zeros}, problem, Work{{first_row, 0, 0}, blocks}, 0};
     if (elect_lane()) {
         ring.init(2 * Shape::row_groups, warp, Shape::threads / warp_size);
         if (warp == Shape::warps) {

@@ -90,6 +90,14 @@ __device__ __forceinline__ std::uint32_t load_word(std::uint32_t address) {
     return word;
 }
 
+__device__ __forceinline__ float4 load_floats(std::uint32_t address) {
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(address));
+    return value;
+}
+
 __device__ __forceinline__ __half load_half(std::uint32_t address) {
     std::uint16_t bits;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address));
@@ -101,6 +109,58 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&fragment)[4], std:
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(address));
+}
+
+// An 8 x 8 matrix of halves, a row in four lanes, to its transpose.
+__device__ __forceinline__ std::uint32_t transposed(std::uint32_t fragment) {
+    std::uint32_t result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
+    return result;
+}
+
+// ---- global memory that CTAs share ----
+
+// By one lane of a warp whose lanes are all here, without a branch.  What was written before, also by other threads that it
+// has waited for, is seen by whoever sees this.
+__device__ __forceinline__ void store_release_by_warp(std::uint64_t *to, std::uint64_t value) {
+    asm volatile("{\n.reg .pred p;\n"
+                 "elect.sync _|p, 0xFFFFFFFF;\n"
+                 "@p st.release.gpu.global.u64 [%0], %1;\n}" ::"l"(to),
+                 "l"(value)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_by_warp(std::uint64_t *to, std::uint64_t value) {
+    asm volatile("{\n.reg .pred p;\n"
+                 "elect.sync _|p, 0xFFFFFFFF;\n"
+                 "@p st.global.u64 [%0], %1;\n}" ::"l"(to),
+                 "l"(value)
+                 : "memory");
+}
+
+// Without a branch.
+__device__ __forceinline__ void store_word(void *to, std::uint32_t value, bool enabled) {
+    asm volatile("{\n.reg .pred p;\n"
+                 "setp.ne.u32 p, %2, 0;\n"
+                 "@p st.global.u32 [%0], %1;\n}" ::"l"(to),
+                 "r"(value), "r"(static_cast<std::uint32_t>(enabled))
+                 : "memory");
+}
+
+__device__ __forceinline__ std::uint64_t load_acquire(const std::uint64_t *from) {
+    std::uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+    return value;
+}
+
+// Between what is seen of memory and what the copy engine then reads there.
+__device__ __forceinline__ void copies_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Of `bytes`, a multiple of 16 like both addresses.
+__device__ __forceinline__ void copy_bytes(std::uint32_t to, const void *from, int bytes, std::uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // ---- mma.sync m16n8k16, FP16 in, FP32 out: d = a * b + c ----
@@ -126,6 +186,11 @@ __device__ __forceinline__ bool elect_lane() {
 // Waits for the first `threads` threads of the CTA; barrier 0 is __syncthreads.
 __device__ __forceinline__ void sync_threads(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Counts for those who wait, and waits for nobody.
+__device__ __forceinline__ void arrive_at_threads(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Of the warpgroup that is here as a whole.

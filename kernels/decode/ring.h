@@ -80,7 +80,7 @@ using FittingRing = Ring<rows, tokens, stage_k, smallest_group, zeros,
     stages != 0 ? stages
                 : stages_that_fit(Ring<rows, tokens, stage_k, smallest_group, zeros, 1>::stage_bytes, ctas_per_sm)>;
 
-// Where a consumer that takes every `step`-th fill of a ring stands, or looks to.
+// Where a consumer that takes every `step`-th fill of a ring stands.
 template <typename Ring>
 struct Cursor {
     int stage;
@@ -102,12 +102,40 @@ struct Cursor {
     }
 };
 
-// The share of the rows, the tokens and of K (in stages) that a CTA works on.
+// Where the one who fills a ring stands, after `filled` first fills that wait for nobody.
+template <typename Ring>
+struct Filler {
+    int stage;
+    int fill;
+    int parity; // with which the stage is empty
+
+    __device__ explicit Filler(int filled)
+        : stage(filled % Ring::stages), fill(filled), parity(filled < Ring::stages ? 1 : 0) {}
+
+    __device__ void advance() {
+        if (++stage == Ring::stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+        if (++fill == Ring::full_barriers) {
+            fill = 0;
+        }
+    }
+};
+
+// Where a stage's rows and tokens begin, and which one it is of K.
+struct Place {
+    int row;
+    int token;
+    int block;
+};
+
+// What a CTA works on: all rows and tokens of one tile, and a part of K (in stages).
 struct Work {
-    int first_row;
-    int first_token;
-    int first_block;
+    Place first;
     int blocks;
+
+    __device__ __forceinline__ Place at(int i) const { return {first.row, first.token, first.block + i}; }
 };
 
 // What the copy engine is told of a launch's operands.  Without zeros, or activations, that map is not used.
@@ -119,40 +147,39 @@ struct Maps {
 };
 
 // Where a CTA's stages come from.
-template <typename Ring_, bool with_zeros>
+template <typename Ring_, bool with_zeros, typename Work_ = Work>
 struct Source {
     using Ring = Ring_;
 
     const Ring &ring;
     Maps maps;
     const Problem &problem;
-    Work work;
+    Work_ work;
     int activation_bytes; // of a stage
 
     // These are called by one lane.
 
     // Weights with their scales: what lies beyond N or K becomes zeros.  A line of scales serves several CTAs.
-    __device__ __forceinline__ void copy_weights(int stage, int fill, int block) const {
+    __device__ __forceinline__ void copy_weights(int stage, int fill, Place place) const {
         const std::uint32_t full = ring.full(fill);
-        const int first_k = (work.first_block + block) * Ring::stage_k;
+        const int first_k = place.block * Ring::stage_k;
         const int group = first_k >> problem.group_shift;
         const int scale_bytes = max(1, Ring::stage_k >> problem.group_shift) * Ring::scale_row_bytes;
         barrier_arrive_expecting(
             full, Ring::weight_bytes + activation_bytes + scale_bytes * (with_zeros ? 2 : 1));
-        copy_tile_2d(ring.weights(stage), maps.weights, first_k / 2, work.first_row, full, evict_first);
-        copy_tile_2d(ring.scales(stage), maps.scales, work.first_row, group, full, evict_normal);
+        copy_tile_2d(ring.weights(stage), maps.weights, first_k / 2, place.row, full, evict_first);
+        copy_tile_2d(ring.scales(stage), maps.scales, place.row, group, full, evict_normal);
         if (with_zeros) {
-            copy_tile_2d(
-                ring.scales(stage) + Ring::zeros_after, maps.zeros, work.first_row, group, full, evict_normal);
+            copy_tile_2d(ring.scales(stage) + Ring::zeros_after, maps.zeros, place.row, group, full, evict_normal);
         }
     }
 
-    __device__ __forceinline__ void copy_activations(int stage, int fill, int block) const {
+    __device__ __forceinline__ void copy_activations(int stage, int fill, Place place) const {
         if (Ring::tokens == 0) {
             return;
         }
-        copy_tile_3d(ring.activations(stage), maps.activations, 0, work.first_token,
-            (work.first_block + block) * (Ring::stage_k / 64), ring.full(fill), evict_last);
+        copy_tile_3d(ring.activations(stage), maps.activations, 0, place.token, place.block * (Ring::stage_k / 64),
+            ring.full(fill), evict_last);
     }
 
     __device__ __forceinline__ void prefetch_maps() const {
@@ -175,16 +202,17 @@ struct Source {
         if (elect_lane()) {
 #pragma unroll 1
             for (int i = warp; i < ahead; i += warps) {
-                copy_weights(i, i, i);
+                const Place place = work.at(i);
+                copy_weights(i, i, place);
                 if (problem.dependence == independent) { // in the order of need, there is nothing to wait for
-                    copy_activations(i, i, i);
+                    copy_activations(i, i, place);
                 }
             }
             if (Ring::tokens > 0 && problem.dependence != independent) {
                 wait_for_dependencies();
 #pragma unroll 1
                 for (int i = warp; i < ahead; i += warps) {
-                    copy_activations(i, i, i);
+                    copy_activations(i, i, work.at(i));
                 }
             }
         }
@@ -193,31 +221,20 @@ struct Source {
 
     // All later rounds, as stages become empty.
     __device__ __forceinline__ void feed() const {
-        int stage = 0;
-        int fill = Ring::stages;
-        int parity = 0;
+        Filler<Ring> to(Ring::stages);
         if (elect_lane()) {
+            Place place = work.at(Ring::stages);
 #pragma unroll 1
             for (int i = Ring::stages; i < work.blocks; ++i) {
-                barrier_wait(ring.empty(stage), parity);
-                copy_weights(stage, fill, i);
-                copy_activations(stage, fill, i);
-                advance(stage, fill, parity);
+                barrier_wait(ring.empty(to.stage), to.parity);
+                copy_weights(to.stage, to.fill, place);
+                copy_activations(to.stage, to.fill, place);
+                to.advance();
+                place = work.at(i + 1); // not when the stage is empty: it would stay so meanwhile
             }
             if (problem.dependence == release_late) {
                 release_dependents();
             }
-        }
-    }
-
-private:
-    static __device__ __forceinline__ void advance(int &stage, int &fill, int &parity) {
-        if (++stage == Ring::stages) {
-            stage = 0;
-            parity ^= 1;
-        }
-        if (++fill == Ring::full_barriers) {
-            fill = 0;
         }
     }
 };

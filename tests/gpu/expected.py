@@ -51,8 +51,13 @@ class Expected:
             return offsets_fit and given.m in self.gemv.get((op, group, bool(given.has_bias)), ())
         if tactic in self.decode:
             whole = op is QuantOp.PER_COLUMN or given.group_size == given.k
-            rows = 65535 * int(tactic.split(":")[1].split("x")[1])
-            fits = bool(given.m <= rows and max(given.n, given.k) <= 2**30)
+            marks = tactic.split(":")[1:]
+            columns, tokens = map(int, marks[0].split("x"))
+            fits = bool(given.m <= 65535 * tokens and max(given.n, given.k) <= 2**30)
+            if "stream" in marks:
+                depth = 128 if "k128" in marks else 256
+                stages = -(-given.n // columns) * -(-given.m // tokens) * -(-given.k // depth)
+                fits = fits and stages < 2**31
             return fits and (whole or given.group_size in self.decode[tactic])
         if op not in self.gemm.get(tactic, ()):
             return False

@@ -57,6 +57,21 @@ def current_stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+_shared: list[Guarded] = []
+"""The last one is large enough for every launch so far; graphs may still use the others."""
+
+
+def shared_workspace(byte_count: int) -> int:
+    """Memory for launches one after another, full of what the last one left; 0 for no bytes."""
+    if byte_count == 0:
+        return 0
+    if not _shared or _shared[-1].capacity < byte_count:
+        made = Guarded(2 * byte_count)
+        made.arm(2 * byte_count)
+        _shared.append(made)
+    return _shared[-1].address
+
+
 def launch(
     library: Library,
     tactic: int | str,
@@ -65,13 +80,20 @@ def launch(
     c: int,
     *,
     bias: Tensor | None = None,
-    workspace: int = 0,
+    workspace: int | None = None,
     workspace_bytes: int = 0,
     stream: int | None = None,
     flags: int = 0,
 ) -> None:
-    """``c`` and ``workspace`` are addresses; the stream is torch's current one unless given."""
+    """``c`` and ``workspace`` are addresses; the stream is torch's current one unless given.
+
+    Without a workspace, launches one after another share one.
+    """
     given = problem_of(weights, a.shape[0], bias is not None)
+    if workspace is None:
+        index = library.find_tactic(tactic) if isinstance(tactic, str) else tactic
+        workspace_bytes = library.workspace_size(index, given)
+        workspace = shared_workspace(workspace_bytes)
     args = Args(
         flags=flags,
         problem=ctypes.pointer(given),

@@ -4,10 +4,12 @@ Buffers have exactly the size that they need.
 
     python tests/gpu/sanitize.py
     python tests/gpu/sanitize.py --only decode --depth 8256
+    python tests/gpu/sanitize.py --only stream --rows 6000
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py
 
 Without torch, which is slow and noisy under compute-sanitizer; with numpy, if there is one, the
-results are checked as well. Outputs are filled with NaN first, workspaces are left as they come.
+results are checked as well. Outputs are filled with NaN first; workspaces are left as they come,
+but for what decode kernels look at before they have written it.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ N, K, GROUP = 296, 1088, 64
 DEEP = 8256
 GEMM_ROWS = (5, 70)
 GEMV_ROWS = (1, 6, 15)
-DECODE_ROWS = (1, 6, 70)
+DECODE_ROWS: tuple[int, ...] = (1, 6, 70)
+# With this, kernels that stream have more tiles than CTAs.
+MANY_ROWS = 6000
+# Of one launch of those, on any GPU of this architecture.
+MOST_CTAS = 512
 NAN = b"\x5a\x7e"
 EXIT_WRONG, EXIT_CANNOT_RUN = 1, 77
 
@@ -93,7 +99,7 @@ class Operands:
             quant_op=quant_op,
             group=group,
             plain=draw.randbytes(K * N // 2),
-            a=halves([draw.gauss(0, 1) for _ in range(max(GEMM_ROWS) * K)]),
+            a=halves([draw.gauss(0, 1) for _ in range(max(*GEMM_ROWS, *DECODE_ROWS) * K)]),
             scales=halves([draw.uniform(0.001, 0.01) for _ in range(count)]),
             zeros=zeros,
             bias=halves([draw.gauss(0, 1) for _ in range(N)]),
@@ -129,9 +135,7 @@ class Buffers:
         self.c_bytes = int(given.m) * N * 2
         self.c = self._upload(NAN * (self.c_bytes // 2))
         size = library.workspace_size(launch.tactic.index, given)
-        workspace = cuda.allocate(size) if size else None
-        if workspace is not None:
-            self._owned.append(workspace)
+        workspace = self._workspace(launch.tactic, size) if size else None
         self.args = Args(
             problem=ctypes.pointer(given),
             a=self._upload(operands.a[: given.m * K * 2]),
@@ -143,6 +147,17 @@ class Buffers:
             workspace=workspace,
             workspace_bytes=size,
         )
+
+    def _workspace(self, tactic: Tactic, size: int) -> int:
+        """As it comes, but where a decode tactic looks for tickets: it reads them before it knows
+        that they were written, and takes anything but this very launch's for none.
+        """
+        address = self._cuda.allocate(size)
+        self._owned.append(address)
+        if tactic.is_decode:
+            tickets = MOST_CTAS * (tactic.tile[0] // 16) * 8
+            self._cuda.write(address, NAN * (min(tickets, size) // 2))
+        return address
 
     def _upload(self, data: bytes) -> int:
         address = self._cuda.upload(data)
@@ -448,8 +463,16 @@ def main() -> int:
     parser.add_argument(
         "--depth", type=int, default=K, metavar="K", help=f"of the products; {DEEP} for decode"
     )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="M",
+        help=f"of decode tactics; {MANY_ROWS} for those that stream",
+    )
     options = parser.parse_args()
     globals()["K"] = options.depth
+    if options.rows is not None:
+        globals()["DECODE_ROWS"] = (options.rows,)
     try:
         library = Library(find_library())
         device = library.check_device()

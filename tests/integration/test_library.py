@@ -57,7 +57,7 @@ def test_the_readmes_first_example_builds_with_find_package_and_runs(
     )
     run_tool(cmake, "--build", tmp_path / "build")
     printed = run_tool(tmp_path / "build/app")
-    assert "packed 8192 bytes, W4A16_OK; 6 tactics" in printed
+    assert "packed 8192 bytes, W4A16_OK; 7 tactics" in printed
     assert "auto takes tactic" in printed
 
 

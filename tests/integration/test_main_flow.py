@@ -20,6 +20,7 @@ TACTICS = {
     "sm90:128x32x64:1x1x1",
     "sm90:128x32x64:2x1x1",
 }
+DECODE = ["decode:64x8", "decode:64x16:s1:o2:stream"]
 QUANT_OPS = ["per_column", "group_scale", "group_scale_zero"]
 
 
@@ -165,16 +166,23 @@ def test_every_check_of_the_library_passed(demo: Site) -> None:
 
 
 def test_decode_tactics_are_in_the_library_with_all_of_their_kernels(demo: Site) -> None:
-    (tactic,) = demo.manifest["decode"]["selected"]
-    assert tactic["name"] == "decode:64x8"
-    wanted = {kernel["ident"] for kernel in tactic["kernels"]}
-    assert len(wanted) == 6
-    kernels = [kernel for kernel in demo.report["kernels"] if kernel["kind"] == "decode"]
-    assert {kernel["kernel"] for kernel in kernels} == wanted
-    for kernel in kernels:
+    selected = demo.manifest["decode"]["selected"]
+    assert [tactic["name"] for tactic in selected] == DECODE
+    kernels = {
+        kernel["kernel"]: kernel for kernel in demo.report["kernels"] if kernel["kind"] == "decode"
+    }
+    opcode = {
+        kernel["ident"]: wanted
+        for tactic, wanted in zip(selected, ("HMMA", "HGMMA"), strict=True)
+        for kernel in tactic["kernels"]
+    }
+    assert len(opcode) == 6 + 3
+    assert set(kernels) == set(opcode)
+    for name, kernel in kernels.items():
         assert kernel["spill_bytes"] == 0
-        assert {"HMMA", "UTMALDG"} <= set(kernel["opcodes"])
-    assert (demo.source / "src/decode/decode_64x8.cu").is_file()
+        assert {opcode[name], "UTMALDG"} <= set(kernel["opcodes"])
+    for tactic in selected:
+        assert (demo.source / f"src/decode/{tactic['name'].replace(':', '_')}.cu").is_file()
 
 
 def test_info_lists_the_tactics_of_the_manifest(demo: Site) -> None:
@@ -183,8 +191,8 @@ def test_info_lists_the_tactics_of_the_manifest(demo: Site) -> None:
     gemm = {name: ops for name, ops in listed.items() if name.startswith("sm90:")}
     assert gemm == dict.fromkeys(TACTICS, QUANT_OPS)
     assert "gemv" in listed
-    assert listed["decode:64x8"] == QUANT_OPS
-    assert set(listed) == {*TACTICS, "gemv", "decode:64x8"}
+    assert all(listed[name] == QUANT_OPS for name in DECODE)
+    assert set(listed) == {*TACTICS, "gemv", *DECODE}
     assert info["bundle_digest"] == demo.manifest["bundle"]["digest"]
     assert (info["profile"], info["release"]) == ("demo", "v1.0.0")
 
@@ -213,7 +221,7 @@ def test_report_and_manifest_agree(demo: Site) -> None:
     assert counts["ignored_files"] == len(manifest["ignored"])
     assert counts["vendored_files"] == len(manifest["vendored"])
     assert counts["gemv_kernels"] == 40
-    assert (counts["decode_tactics"], counts["decode_kernels"]) == (1, 6)
+    assert (counts["decode_tactics"], counts["decode_kernels"]) == (2, 6 + 3)
     assert report["bundle"] == manifest["bundle"]
     size = demo.library.stat().st_size
     assert manifest["verification"]["library_bytes"] == size

@@ -25,6 +25,7 @@ from .conftest import ROOT, raw_profile
 FULL = ROOT / "configs" / "w4a16-sm90.yaml"
 NARROW = DecodeTactic(kind="narrow", rows=224, tokens=8, ctas_per_sm=1, row_groups=2)
 WIDE = DecodeTactic(kind="wide", rows=128, tokens=32, ctas_per_sm=2, sets=2, buffers=4, cluster=2)
+STREAM = DecodeTactic(kind="wide", rows=192, tokens=32, ctas_per_sm=1, streams=True)
 
 
 def profile_with(folder: Path, section: object) -> Profile:
@@ -57,6 +58,9 @@ def test_a_name_says_all_that_tells_a_tactic_apart() -> None:
     assert plain.name == "decode:64x16"
     # The same rows and tokens by the other kind of kernel.
     assert replace(plain, kind="wide").name == "decode:64x16:s1"
+    assert replace(plain, kind="wide", stage_k=128, streams=True).name == (
+        "decode:64x16:s1:k128:stream"
+    )
 
 
 def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_its_own() -> None:
@@ -67,7 +71,7 @@ def test_every_tactic_of_the_profiles_that_ship_has_a_name_and_an_identifier_of_
         assert len({tactic.name for tactic in tactics}) == len(tactics)
         assert len(set(kernels)) == len(kernels)
         for tactic in tactics:
-            assert re.fullmatch(r"decode:\d+x\d+(:[sgowcnk]\d+)*", tactic.name)
+            assert re.fullmatch(r"decode:\d+x\d+(:[sgowcnk]\d+)*(:stream)?", tactic.name)
             assert tactic.ident.isidentifier()
 
 
@@ -100,16 +104,17 @@ def test_each_group_size_has_the_kernel_that_takes_it(zeros: bool) -> None:
     assert most == replace(WIDE, tokens=64).kernel_for(64, zeros)
 
 
-@pytest.mark.parametrize("tactic", [NARROW, WIDE], ids=lambda tactic: tactic.name)
+@pytest.mark.parametrize("tactic", [NARROW, WIDE, STREAM], ids=lambda tactic: tactic.name)
 def test_a_unit_instantiates_each_kernel_of_its_tactic_once_and_no_other(
     tactic: DecodeTactic,
 ) -> None:
     text = unit(tactic)
-    assert f'#include "decode/{tactic.kind}.h"' in text
+    kernel_kind = "streaming" if tactic.streams else tactic.kind
+    assert f'#include "decode/{kernel_kind}.h"' in text
     shapes = re.findall(r"^struct (\w+) : (\w+)<([^>]+)> \{\};$", text, re.MULTILINE)
     assert [name for name, _, _ in shapes] == [kernel.ident for kernel in tactic.kernels]
     assert {shape for _, shape, _ in shapes} == {f"{tactic.kind.capitalize()}Shape"}
-    used = set(re.findall(rf"{tactic.kind}_kernel<(\w+)>", text))
+    used = set(re.findall(rf"{kernel_kind}_kernel<(\w+)>", text))
     assert used == {kernel.ident for kernel in tactic.kernels}
     assert f"const Kernels {tactic.ident} = {{" in text
 
@@ -117,12 +122,13 @@ def test_a_unit_instantiates_each_kernel_of_its_tactic_once_and_no_other(
 def test_a_shape_has_the_parameters_of_its_configuration() -> None:
     assert "decode_224x8_g2_g64_z : NarrowShape<2, 7, 1, 8, 0, 64, true, 1>" in unit(NARROW)
     text = unit(WIDE)
-    assert "_g64_z : WideShape<2, 2, 32, 256, 0, true, false, 4, 2>" in text
-    assert "_g128 : WideShape<2, 2, 32, 256, 0, false, true, 4, 2>" in text
+    assert "_g64_z : WideShape<2, 2, 32, 256, 0, true, false, 4, 2, false>" in text
+    assert "_g128 : WideShape<2, 2, 32, 256, 0, false, true, 4, 2, false>" in text
+    assert "_g64_z : WideShape<3, 1, 32, 256, 0, true, false, 2, 1, true>" in unit(STREAM)
     short = replace(NARROW, warps=6), replace(WIDE, stage_k=128)
     assert [tactic.name for tactic in short] == ["decode:224x8:g2:w6", f"{WIDE.name}:k128"]
     assert "_g64_z : NarrowShape<2, 7, 1, 6, 0, 64, true, 1>" in unit(short[0])
-    assert "_g64_z : WideShape<2, 2, 32, 128, 0, true, false, 4, 2>" in unit(short[1])
+    assert "_g64_z : WideShape<2, 2, 32, 128, 0, true, false, 4, 2, false>" in unit(short[1])
 
 
 def test_a_tactic_that_normalises_has_kernels_of_both_kinds_for_the_same_problems() -> None:
@@ -177,6 +183,15 @@ def test_a_release_with_another_packed_layout_or_a_profile_without_a_section_has
         ({"wide": [{"rows": 64, "tokens": 64, "sets": 4}]}, "needs 8 stages, and shared memory"),
         ({"wide": [{"rows": 256, "tokens": 128, "ctas_per_sm": 2}]}, "shared memory holds 1:"),
         ({"wide": [{"rows": 64, "tokens": 32, "cluster": 3}]}, "decode.wide.0.cluster"),
+        (
+            {"wide": [{"rows": 64, "tokens": 32, "sets": 2, "streams": True}]},
+            "one set and no cluster",
+        ),
+        (
+            {"wide": [{"rows": 64, "tokens": 32, "cluster": 2, "streams": True}]},
+            "one set and no cluster",
+        ),
+        ({"wide": [{"rows": 64, "tokens": 32, "streams": True}]}, "128 rows, or ctas_per_sm: 2"),
         ({"wider": []}, "did you mean 'wide'?"),
     ],
 )

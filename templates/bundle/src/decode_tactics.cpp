@@ -22,7 +22,7 @@ constexpr std::int64_t largest_grid_y = 65535;
 constexpr int largest_extent = 1 << 30;
 
 struct Match {
-    enum Refusal { none, group, rows, extent };
+    enum Refusal { none, group, rows, extent, stages };
     Refusal refusal;
     std::int64_t most_rows;
 };
@@ -42,11 +42,18 @@ Match match(const DecodeTactic &tactic, const Problem &problem) {
     if (problem.n > largest_extent || problem.k > largest_extent) {
         return {Match::extent, most_rows};
     }
+    if (kernels.first().streams > 0 && !decode::streams_all(kernels.first(), problem.m, problem.n, problem.k)) {
+        return {Match::stages, most_rows};
+    }
     return {Match::none, most_rows};
 }
 
 // Whether all CTAs of a launch run at once, one an SM.
 bool fit_one_an_sm(const DecodeTactic &tactic, int n, int sm_count) {
+    const int streams = tactic.kernels->first().streams;
+    if (streams > 0) {
+        return streams == 1;
+    }
     const std::int64_t tiles = (static_cast<std::int64_t>(n) + decode_rows(tactic) - 1) / decode_rows(tactic);
     return tiles * tactic.cluster <= sm_count;
 }
@@ -83,12 +90,23 @@ w4a16_status decode_supports(const DecodeTactic &tactic, const Problem &problem)
     case Match::extent:
         return fail(W4A16_ERROR_UNSUPPORTED, "%s: N = %d or K = %d is beyond the %d that its 32-bit offsets reach",
             tactic.name, problem.n, problem.k, largest_extent);
+    case Match::stages:
+        return fail(W4A16_ERROR_UNSUPPORTED, "%s: M = %d, N = %d and K = %d make more stages than it can count",
+            tactic.name, problem.m, problem.n, problem.k);
     }
     return W4A16_OK;
 }
 
 bool decode_supports_quietly(const DecodeTactic &tactic, const Problem &problem) {
     return match(tactic, problem).refusal == Match::none;
+}
+
+bool decode_uses_workspace(const DecodeTactic &tactic) {
+    return tactic.kernels->first().streams > 0;
+}
+
+std::size_t decode_workspace(const DecodeTactic &tactic, const Problem &problem, int sm_count) {
+    return decode::workspace_bytes(tactic.kernels->first(), problem.m, problem.n, problem.k, sm_count);
 }
 
 int decode_rows(const DecodeTactic &tactic) {
@@ -124,6 +142,7 @@ void describe_decode(const DecodeTactic &tactic, w4a16_tactic_info &info) {
     info.m_min = 1;
     info.m_max = largest_grid_y * kernel.tokens;
     info.quant_ops = (1u << quant_op_count) - 1;
+    info.uses_workspace = decode_uses_workspace(tactic) ? 1 : 0;
     int count = 0;
     for (const int group : group_sizes) {
         if (kernels.of_group(group, false).function != nullptr) {
@@ -138,7 +157,8 @@ void launch_decode(const DecodeTactic &tactic, const Launch &launch) {
     const decode::Launch own{launch.a, launch.b, launch.scales, launch.zeros, launch.bias,
         {launch.outputs.c[0], launch.outputs.c[1], launch.outputs.c[2]},
         {launch.outputs.ends[0], launch.outputs.ends[1], launch.outputs.ends[2]}, launch.m, launch.n, launch.k,
-        launch.group_size, launch.stream, dependence_of(tactic, launch), tactic.cluster};
+        launch.group_size, launch.stream, dependence_of(tactic, launch), tactic.cluster, launch.workspace,
+        launch.sm_count};
     const cudaError_t error = launch.norm != nullptr
         ? decode::launch_normalizing(kernels.normalizing_of_group(launch.group_size, zeros), own, *launch.norm)
         : decode::launch(kernels.of_group(launch.group_size, zeros), own);

@@ -13,6 +13,9 @@ w4a16_status decode_supports(const DecodeTactic &tactic, const Problem &problem)
 // The same without wording why not, which costs more than finding out.
 bool decode_supports_quietly(const DecodeTactic &tactic, const Problem &problem);
 
+bool decode_uses_workspace(const DecodeTactic &tactic);
+std::size_t decode_workspace(const DecodeTactic &tactic, const Problem &problem, int sm_count);
+
 // Of W: how many columns a CTA computes.
 int decode_rows(const DecodeTactic &tactic);
 

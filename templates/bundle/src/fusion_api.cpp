@@ -287,8 +287,8 @@ decode::Norm norm_of(const w4a16_norm_qkv_args &args) {
 }
 
 // From normalised rows, or with one kernel from x, to c, or with a split to `product`.  Weights were there before the
-// call's first kernel started, so every launch after it may begin early.  Only tactics that do not begin early have a
-// workspace, so one serves all of them.
+// call's first kernel started, so every launch after it may begin early.  What begins early
+// writes to its workspace only when the launches before it are over, so one serves all of them.
 w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const void *rows, void *product,
     void *workspace, CUstream_st *stream) {
     for (int i = 0; i < call.count; ++i) {

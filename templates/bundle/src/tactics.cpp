@@ -209,12 +209,18 @@ void launch_tactic(std::int32_t index, const Problem &problem, const Launch &lau
 }
 
 bool needs_sm_count(std::int32_t index) {
+    if (const DecodeTactic *tactic = decode_tactic(index); tactic != nullptr) {
+        return decode_uses_workspace(*tactic);
+    }
     return index < gemm_tactics.count && gemm_tactics.first[index].uses_workspace;
 }
 
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count) {
     if (problem.m == 0 || !needs_sm_count(index)) {
         return 0;
+    }
+    if (const DecodeTactic *tactic = decode_tactic(index); tactic != nullptr) {
+        return decode_workspace(*tactic, problem, sm_count);
     }
     return gemm_tactics.first[index].workspace[problem.quant_op](problem.m, problem.n, problem.k, sm_count);
 }
