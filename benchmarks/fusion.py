@@ -45,7 +45,7 @@ CALLS, CALLS_MANY_ROWS, MANY_ROWS = 20, 5, 512
 WRONG = 3e-3
 
 FUSED, SEGMENTS, JOINED = "fused", "fused, segments", "fused, joined"
-ONE_KERNEL, TWO_KERNELS = "fused, one kernel", "fused, two kernels"
+ONE_KERNEL = "fused, one kernel"
 ALONE, NORM_THEN_OURS = "QKV product alone", "(a) layer_norm + our QKV product"
 NORM_THEN_PLAIN, FUSED_PLAIN = "(b) layer_norm + gptq:plain", "fused gptq:plain"
 PLAIN_ALONE = "gptq:plain alone"
@@ -287,9 +287,8 @@ class Case:
         for name, joined in ((SEGMENTS, False), (JOINED, True)):
             yield name, lambda w, j=joined: fused.layernorm_qkv(x, w.fused, *ln, EPS, joined=j)  # type: ignore[misc]
         if m <= MOST_ROWS_ONE_KERNEL:
-            for name, one in ((ONE_KERNEL, True), (TWO_KERNELS, False)):
-                form = {"joined": True, "one_kernel": one}
-                yield name, lambda w, f=form: fused.layernorm_qkv(x, w.fused, *ln, EPS, **f)  # type: ignore[misc]
+            one = {"joined": True, "one_kernel": True}
+            yield ONE_KERNEL, lambda w: fused.layernorm_qkv(x, w.fused, *ln, EPS, **one)
         yield NORM_THEN_OURS, lambda w: w4a16.linear(norm(x, shape, *ln, EPS), w.packed)
         rows = norm(x, shape, *ln, EPS)
         yield ALONE, lambda w: w4a16.linear(rows, w.packed)

@@ -67,8 +67,8 @@ cudaError_t encode_scales(CUtensorMap &map, const void *data, const Kernel &kern
             CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B});
 }
 
-// Asks for a kernel's shared memory, once on each device.
-cudaError_t prepare(const void *function, int shared_bytes, std::atomic<std::uint64_t> &prepared) {
+// Lets a kernel have all shared memory, once on each device.
+cudaError_t prepare(const void *function, std::atomic<std::uint64_t> &prepared) {
     int device = 0;
     if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) {
         return error;
@@ -78,7 +78,7 @@ cudaError_t prepare(const void *function, int shared_bytes, std::atomic<std::uin
         return cudaSuccess;
     }
     const cudaError_t error
-        = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+        = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_of_a_cta(1));
     if (error == cudaSuccess) {
         prepared.fetch_or(bit, std::memory_order_release);
     }
@@ -172,7 +172,7 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
     CUtensorMap scales;
     CUtensorMap zeros{};
     const void *const function = reinterpret_cast<const void *>(kernel.function);
-    if (const cudaError_t error = prepare(function, kernel.shared_bytes, *kernel.prepared); error != cudaSuccess) {
+    if (const cudaError_t error = prepare(function, *kernel.prepared); error != cudaSuccess) {
         return error;
     }
     if (const cudaError_t error = encode_weights(weights, kernel, launch); error != cudaSuccess) {
@@ -200,7 +200,8 @@ cudaError_t launch(const Kernel &kernel, const Launch &launch) {
         config.gridDim = dim3(ceil_div(launch.n, kernel.rows) * launch.shares, ceil_div(launch.m, kernel.tokens));
     }
     config.blockDim = dim3(kernel.threads);
-    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.dynamicSmemBytes
+        = launch.alone_on_sm ? std::max(kernel.shared_bytes, shared_bytes_of_a_cta(2) + 1) : kernel.shared_bytes;
     config.stream = launch.stream;
     config.attrs = attributes;
     if (launch.shares > 1) {
@@ -229,7 +230,7 @@ cudaError_t launch_normalizing(const NormalizingKernel &kernel, const Launch &la
     CUtensorMap scales;
     CUtensorMap zeros{};
     const void *const function = reinterpret_cast<const void *>(kernel.function);
-    if (const cudaError_t error = prepare(function, kernel.shape.shared_bytes, *kernel.shape.prepared); error != cudaSuccess) {
+    if (const cudaError_t error = prepare(function, *kernel.shape.prepared); error != cudaSuccess) {
         return error;
     }
     if (const cudaError_t error = encode_weights(weights, kernel.shape, launch); error != cudaSuccess) {

@@ -72,7 +72,8 @@ struct Launch {
     int group_size; // a power of two from 32 on, or K: one group over all of it
     cudaStream_t stream;
     Dependence dependence;
-    int shares; // CTAs of a cluster, which share K
+    int shares;       // CTAs of a cluster, which share K
+    bool alone_on_sm; // no other CTA shares its SM
     void *workspace;
     int sm_count;
 };

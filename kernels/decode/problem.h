@@ -16,6 +16,9 @@ enum Dependence {
     release_late,  // likewise, but lets the next one start once this one has asked for all of its weights
 };
 
+// Of shared memory, on an SM that runs so many CTAs.
+constexpr int shared_bytes_of_a_cta(int ctas_per_sm) { return (ctas_per_sm == 1 ? 227 : 113) * 1024; }
+
 // A divisor of numbers below 2^31, as a multiplication and a shift (Granlund and Montgomery, "Division by Invariant Integers
 // using Multiplication", 1994): a division takes some 40 instructions, and CTAs need several before they can start.
 struct Divisor {

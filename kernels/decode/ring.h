@@ -66,7 +66,6 @@ struct Ring {
 };
 
 // Shared memory of a CTA where `ctas_per_sm` of them share an SM.
-constexpr int shared_bytes_of_a_cta(int ctas_per_sm) { return (ctas_per_sm == 1 ? 227 : 113) * 1024; }
 
 constexpr int stages_that_fit(int stage_bytes, int ctas_per_sm) {
     constexpr int most = 24; // more than the latency of memory can use

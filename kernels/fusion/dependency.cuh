@@ -19,6 +19,11 @@ inline __device__ void await_prerequisites() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// Brings a line into the L2.  It may come before the wait: what is in the L2 is what memory has.
+inline __device__ void prefetch(const void *address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 // Launches; with `overlap` before the stream's last kernel has ended.  The caller asks CUDA for the error.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, unsigned int threads, std::size_t shared_bytes, bool overlap,

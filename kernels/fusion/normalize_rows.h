@@ -27,8 +27,6 @@ struct Normalization {
     bool rms;
     // May start before the stream's last kernel has ended; everything is read after it has.
     bool overlap;
-    // Lets the next kernel start only then: its CTAs spread over all SMs, in place of two to an SM that is free early.
-    bool release_late;
 };
 
 // Launches one kernel on the current device, which has `sm_count` SMs; the caller asks CUDA for the error.

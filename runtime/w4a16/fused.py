@@ -28,7 +28,7 @@ def layernorm_qkv(
     out: Any = None,
     tactic: int | str | None = None,
     joined: bool | None = None,
-    one_kernel: bool | None = None,
+    one_kernel: bool = False,
 ) -> Any:
     """``layer_norm(x) @ W + bias`` for the Q, K and V projections of one input.
 
@@ -46,8 +46,8 @@ def layernorm_qkv(
     the fastest one known for each. For :class:`GPTQTensors` the only one is ``gptq:plain``.
     ``joined`` runs one product over all columns and splits it, in place of one product for each
     projection; None lets the sizes decide. ``one_kernel`` has each product's kernel normalise the
-    rows by itself, which some for few rows can; False uses a kernel of its own for that, and None
-    takes what takes less time.
+    rows by itself, which some for few rows can; by default a kernel of its own does that, which
+    takes less time unless overlap is off (:func:`w4a16.set_overlap`).
 
     Nothing waits for the GPU; all memory comes from torch's allocator, and calls may be captured
     into a CUDA graph. On a CPU it is a slow reference.
@@ -56,8 +56,8 @@ def layernorm_qkv(
     :class:`w4a16.UnsupportedError` for a tactic that has no kernel for them, and
     :class:`w4a16.DeviceError` where no kernel can run.
     """
-    forms = (joined, one_kernel)
-    return _call(Norm.LAYER, x, weight, ln_weight, ln_bias, eps, out, tactic, *forms)
+    options = (tactic, joined, one_kernel)
+    return _call(Norm.LAYER, x, weight, ln_weight, ln_bias, eps, out, *options)
 
 
 def rmsnorm_qkv(
@@ -70,11 +70,11 @@ def rmsnorm_qkv(
     out: Any = None,
     tactic: int | str | None = None,
     joined: bool | None = None,
-    one_kernel: bool | None = None,
+    one_kernel: bool = False,
 ) -> Any:
     """:func:`layernorm_qkv` with ``x / sqrt(mean(x * x) + eps) * ln_weight + ln_bias``."""
-    forms = (joined, one_kernel)
-    return _call(Norm.RMS, x, weight, ln_weight, ln_bias, eps, out, tactic, *forms)
+    options = (tactic, joined, one_kernel)
+    return _call(Norm.RMS, x, weight, ln_weight, ln_bias, eps, out, *options)
 
 
 def _call(
@@ -87,7 +87,7 @@ def _call(
     out: Any,
     tactic: int | str | None,
     joined: bool | None,
-    one_kernel: bool | None,
+    one_kernel: bool,
 ) -> Any:
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):

@@ -31,7 +31,6 @@ from w4a16.library import (
     LIBRARY,
     RUN_ONE_KERNEL,
     RUN_OVERLAP,
-    RUN_TWO_KERNELS,
     GptqArgs,
     Norm,
     NormQkvArgs,
@@ -52,7 +51,7 @@ _GPTQ = (
     "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? bias, int group_size,"
     " bool stored_minus_1, int[] widths"
 )
-_TACTIC = "int tactic=-1, int join=-1, int one_kernel=-1"
+_TACTIC = "int tactic=-1, int join=-1, bool one_kernel=False"
 _SCHEMAS = {
     "qkv": f"({_NORM}, {_PACKED}, {_TACTIC}) -> Tensor",
     "qkv_out": f"({_NORM}, {_PACKED}, Tensor(a!)[] out, {_TACTIC}) -> ()",
@@ -64,10 +63,6 @@ _NAMES = {Norm.LAYER: "layernorm", Norm.RMS: "rmsnorm"}
 _HALF = torch.float16
 #: Rows and columns of the GEMM's tiles, about.
 _TILE = 128
-#: Flags for what ``one_kernel`` may be, beside -1.
-_FORMS = {0: RUN_TWO_KERNELS, 1: RUN_ONE_KERNEL}
-#: Rows that a kernel may normalise beside its product.
-_MOST_ROWS_OF_ONE = 4
 
 
 def register(library: Any, tags: Sequence[Any]) -> None:
@@ -103,7 +98,7 @@ def call(
     eps: float,
     tactic: int | str | None,
     joined: bool | None,
-    one_kernel: bool | None,
+    one_kernel: bool,
 ) -> Tensor:
     """The operator for the kind of ``weight``."""
     name, arguments, options = _request(norm, weight, tactic, joined, one_kernel)
@@ -121,7 +116,7 @@ def call_out(
     eps: float,
     tactic: int | str | None,
     joined: bool | None,
-    one_kernel: bool | None,
+    one_kernel: bool,
     out: list[Tensor],
 ) -> None:
     """The same into tensors."""
@@ -146,13 +141,13 @@ def _request(
     weight: FusedQKV | GPTQTensors,
     tactic: int | str | None,
     joined: bool | None,
-    one_kernel: bool | None = None,
+    one_kernel: bool = False,
 ) -> tuple[str, tuple[Any, ...], tuple[int, ...]]:
     if not torch_ops.is_registered():
         torch_ops.register_torch_ops()
     if isinstance(weight, GPTQTensors):
-        choices = {"joined": joined, "one_kernel": one_kernel}
-        given = next((f"{k} is {v}" for k, v in choices.items() if v is not None), "")
+        choices = {"joined": (joined, None), "one_kernel": (one_kernel, False)}
+        given = next((f"{k} is {v}" for k, (v, normal) in choices.items() if v is not normal), "")
         if tactic not in (None, "auto", GPTQ_PLAIN) or given:
             given = given or f"tactic is {tactic!r}"
             raise ArgumentError(
@@ -168,14 +163,13 @@ def _request(
             f"tactic is {GPTQ_PLAIN!r}, but the weight is packed: expected a GPTQTensors, which"
             " holds a checkpoint's own tensors"
         )
-    forms = [-1 if choice is None else int(choice) for choice in (joined, one_kernel)]
     return (
         f"{_NAMES[norm]}_qkv",
         (
             *(weight.packed, list(weight.scales), list(weight.zeros), list(weight.bias)),
             *(weight.columns, list(weight.joined), weight.in_features, list(weight.widths)),
         ),
-        (resolve(tactic), *forms),
+        (resolve(tactic), -1 if joined is None else int(joined), one_kernel),
     )
 
 
@@ -283,7 +277,7 @@ def _qkv_cuda(
     widths: Sequence[int],
     tactic: int = -1,
     join: int = -1,
-    one_kernel: int = -1,
+    one_kernel: bool = False,
 ) -> Tensor:
     weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
@@ -311,7 +305,7 @@ def _qkv_out_cuda(
     out: Sequence[Tensor],
     tactic: int = -1,
     join: int = -1,
-    one_kernel: int = -1,
+    one_kernel: bool = False,
 ) -> None:
     weight = _packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
     _check_norm(x, ln_weight, ln_bias, eps, in_features, packed)
@@ -335,7 +329,7 @@ def _launch(
     places: Sequence[int],
     tactic: int,
     join: int,
-    one_kernel: int,
+    one_kernel: bool,
 ) -> None:
     """Checked arguments; memory freed here is reused in stream order."""
     m = math.prod(x.shape[:-1])
@@ -363,7 +357,9 @@ def _launch(
         columns=weight.columns,
         b=packed.data_ptr(),
     )
-    joins = len(widths) > 1 and (_joins(device, m, tuple(widths)) if join < 0 else join == 1)
+    joins = len(widths) > 1 and join != 0
+    if joins and join < 0:
+        joins = _joins(device, m, tuple(widths), weight, tactic)
     for i, n in enumerate([sum(widths)] if joins else widths):
         args.n[i] = n
         args.scales[i] = weight.joined[0] if joins else weight.scales[i]
@@ -375,7 +371,7 @@ def _launch(
     for i, (n, place) in enumerate(zip(widths, places, strict=True)):
         args.split[i] = n if joins else 0
         args.c[i] = place
-    args.flags = _FORMS.get(one_kernel, 0)
+    args.flags = RUN_ONE_KERNEL if one_kernel else 0
     size = _workspace(device, args, weight)
     memory = torch_ops._empty_cuda((size,), (1,), torch.uint8)
     args.workspace, args.workspace_bytes = memory.data_ptr(), size
@@ -386,26 +382,33 @@ def _launch(
 
 
 def _workspace(device: int, args: NormQkvArgs, weight: _Packed) -> int:
-    """The bytes that the call needs; tactics are chosen here, unless the library is to do that."""
+    """The bytes that the call needs; tactics are chosen here, but those that normalise."""
     if args.tactic[0] != AUTO or args.flags & RUN_ONE_KERNEL:
         return LIBRARY.norm_qkv_workspace(args)
-    if args.m <= _MOST_ROWS_OF_ONE and not args.flags & RUN_TWO_KERNELS:
-        # The library knows which kernels normalise, and when they are faster: then it needs none.
-        size = LIBRARY.norm_qkv_workspace(args)
-        if size == 0:
-            return size
-        args.flags |= RUN_TWO_KERNELS
     for i, n in enumerate(args.n):
         if n > 0:
-            problem = (int(weight.quant_op), args.m, n, weight.k, weight.group_size)
-            args.tactic[i] = plan(device, *problem, bool(weight.bias)).tactic
+            outputs = sum(part > 0 for part in args.split) or 1
+            args.tactic[i] = _planned(device, args.m, n, weight, outputs)
     return LIBRARY.norm_qkv_workspace(args)
 
 
+def _planned(device: int, m: int, n: int, weight: _Packed, outputs: int) -> int:
+    problem = (int(weight.quant_op), m, n, weight.k, weight.group_size, bool(weight.bias))
+    return plan(device, *problem, outputs).tactic
+
+
+def _joins(device: int, m: int, widths: tuple[int, ...], weight: _Packed, tactic: int) -> bool:
+    """Whether one product over all columns takes less time than one for each projection: where all
+    of them together have few tiles, or nothing needs to be copied."""
+    if _few_tiles(device, m, widths):
+        return True
+    if tactic == AUTO:
+        tactic = _planned(device, m, sum(widths), weight, len(widths))
+    return LIBRARY.tactics[tactic].kind == "decode"
+
+
 @lru_cache(maxsize=4096)
-def _joins(device: int, m: int, widths: tuple[int, ...]) -> bool:
-    """Whether one product over all columns, and a copy that splits it, take less time than one for
-    each projection: where all of them together have few tiles."""
+def _few_tiles(device: int, m: int, widths: tuple[int, ...]) -> bool:
     sm_count = LIBRARY.device(device).sm_count
     return sum(-(-n // _TILE) for n in widths) * -(-m // _TILE) < 4 * sm_count
 
@@ -718,7 +721,7 @@ def _qkv_fake(
     widths: Sequence[int],
     tactic: int = -1,
     join: int = -1,
-    one_kernel: int = -1,
+    one_kernel: bool = False,
 ) -> Tensor:
     resolve(tactic)
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)
@@ -742,7 +745,7 @@ def _qkv_out_fake(
     out: Sequence[Tensor],
     tactic: int = -1,
     join: int = -1,
-    one_kernel: int = -1,
+    one_kernel: bool = False,
 ) -> None:
     resolve(tactic)
     _check_packed(packed, scales, zeros, bias, columns, joined, in_features, widths)

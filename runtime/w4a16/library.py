@@ -21,8 +21,8 @@ API_VERSION = 3
 AUTO = -1
 #: ``W4A16_RUN_OVERLAP``: a launch may begin before the kernel before it has ended.
 RUN_OVERLAP = 1
-#: ``W4A16_RUN_ONE_KERNEL``, ``W4A16_RUN_TWO_KERNELS``: of ``w4a16_norm_qkv`` alone.
-RUN_ONE_KERNEL, RUN_TWO_KERNELS = 2, 4
+#: ``W4A16_RUN_ONE_KERNEL``: of ``w4a16_norm_qkv`` alone.
+RUN_ONE_KERNEL = 2
 
 _ENVIRONMENT = "W4A16_LIBRARY"
 _PACKAGED = Path(__file__).resolve().parent / "lib" / "libw4a16.so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import warnings
 from dataclasses import dataclass
@@ -56,37 +57,45 @@ class _Known:
     sources: Sources
 
 
-_plans: dict[tuple[int, int, int, int, int, int, bool], Plan] = {}
+_plans: dict[tuple[int, int, int, int, int, int, bool, int], Plan] = {}
 _known: dict[int, _Known] = {}
 _lock = threading.Lock()
 
 
 def plan(
-    device: int, quant_op: int, m: int, n: int, k: int, group_size: int, has_bias: bool
+    device: int,
+    quant_op: int,
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    has_bias: bool,
+    fused: int = 0,
 ) -> Plan:
     """The tactic for a product, and its workspace; a dictionary's look-up after the first time.
 
     ``device`` is the CUDA ordinal of the current device; the rest is as in ``w4a16_problem``. The
     first of these that this library can launch: the fastest in the user's cache for this GPU and
     M's bucket (:data:`w4a16.tables.BUCKETS`), the fastest in the table that ships for it, what
-    :func:`w4a16.tables.rank` expects from measured shapes like this one, ``W4A16_AUTO``. May be
-    called in a graph capture. Raises :class:`w4a16.ArgumentError` for a problem that no kernel
-    takes, :class:`w4a16.DeviceError` where none can run.
+    :func:`w4a16.tables.rank` expects from measured shapes like this one, ``W4A16_AUTO``. ``fused``
+    is of a product behind a norm: how many arrays its columns go to. May be called in a graph
+    capture. Raises :class:`w4a16.ArgumentError` for a problem that no kernel takes,
+    :class:`w4a16.DeviceError` where none can run.
     """
     plans = _plans
     try:
-        return plans[device, quant_op, m, n, k, group_size, has_bias]
+        return plans[device, quant_op, m, n, k, group_size, has_bias, fused]
     except KeyError:
         pass
     problem = Problem(
         quant_op=QuantOp(quant_op), m=m, n=n, k=k, group_size=group_size, has_bias=bool(has_bias)
     )
-    tactic = choose(device, problem).tactic
+    tactic = choose(device, problem, fused).tactic
     made = Plan(tactic, LIBRARY.workspace_size(tactic, problem))
     if len(plans) >= _MOST_PLANS:
         plans.clear()
     # Into the dictionary of before the choice: forget() meanwhile has made another.
-    plans[device, quant_op, m, n, k, group_size, has_bias] = made
+    plans[device, quant_op, m, n, k, group_size, has_bias, fused] = made
     return made
 
 
@@ -99,7 +108,7 @@ def generation() -> object:
 _OWN_RULE = "library's rule"
 
 
-def choose(device: int, problem: Problem) -> Choice:
+def choose(device: int, problem: Problem, fused: int = 0) -> Choice:
     """The tactic that :func:`plan` takes, and why."""
     known = _knowledge(device)
     case = tables.case_of(problem.quant_op, problem.group_size, problem.n, problem.k)
@@ -110,11 +119,43 @@ def choose(device: int, problem: Problem) -> Choice:
         auto = LIBRARY.auto_tactic(problem)
         if LIBRARY.tactics[auto].kind == "decode":
             return Choice(auto, _OWN_RULE)
-    for name, _ in ranked.tactics:
+    best_first = [name for name, _ in ranked.tactics]
+    if fused:
+        best_first = _best_in_fused_call(ranked, problem, fused > 1, known.sm_count)
+    for name in best_first:
         tactic = LIBRARY.tactics[LIBRARY.tactic_index[name]]
         if accurate(tactic, problem) and not LIBRARY.why_unsupported(tactic.index, problem):
             return Choice(tactic.index, ranked.source)
     return Choice(LIBRARY.auto_tactic(problem), _OWN_RULE)
+
+
+def _best_in_fused_call(
+    ranked: tables.Ranked, problem: Problem, splits: bool, sm_count: int
+) -> list[str]:
+    """Tactics for a product behind a norm, best first; with ``splits`` its columns go to several
+    arrays.
+
+    In microseconds on an H200: a product takes its weights' bytes at 4.3 TB/s or its operations at
+    650 Tflop/s, and 2.5 for starting and ending; other tactics than decode need a copy, which reads
+    and writes 4 bytes an output at 3.5 TB/s. Tactics with two CTAs an SM lose 0.4, as CTAs take in
+    pairs the SMs that are free first, unless all fit with one an SM: then the library keeps them
+    apart.
+    """
+    m, n, k = problem.m, problem.n, problem.k
+    best = 2.5 + max(n * k / 2 / 4.3e6, 2 * m * n * k / 650e6)
+
+    def cost(item: tuple[str, float]) -> float:
+        name, slowdown = item
+        tactic = LIBRARY.tactics[LIBRARY.tactic_index[name]]
+        us = slowdown * best
+        if tactic.kind != "decode":
+            return us + (4 * m * n / 3.5e6 if splits else 0)
+        rows, tokens, _ = tactic.tile
+        ctas = -(-n // rows) * -(-m // tokens) * math.prod(tactic.cluster)
+        pairs = ":o2" in name and ":stream" not in name and ctas > sm_count
+        return us + (0.4 if pairs else 0)
+
+    return [name for name, _ in sorted(ranked.tactics, key=cost)]
 
 
 def _knows_shape(entries: tables.Entries, case: tables.Case) -> bool:

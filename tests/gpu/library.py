@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 AUTO = -1
 #: ``W4A16_RUN_OVERLAP``, for ``flags``
 RUN_OVERLAP = 1
-#: ``W4A16_RUN_ONE_KERNEL``, ``W4A16_RUN_TWO_KERNELS``, for ``norm_qkv`` alone
-RUN_ONE_KERNEL, RUN_TWO_KERNELS = 2, 4
+#: ``W4A16_RUN_ONE_KERNEL``, for ``norm_qkv`` alone
+RUN_ONE_KERNEL = 2
 
 
 class Status(IntEnum):

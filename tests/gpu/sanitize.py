@@ -36,8 +36,8 @@ if not __package__:
 from tests.gpu.cuda import Cuda, CudaError
 from tests.gpu.library import (
     AUTO,
+    RUN_ONE_KERNEL,
     RUN_OVERLAP,
-    RUN_TWO_KERNELS,
     ApiError,
     Args,
     GptqArgs,
@@ -345,8 +345,8 @@ def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[
     source = ctypes.create_string_buffer(plain, len(plain))
     library.pack(None, ctypes.addressof(source), K, N, ctypes.addressof(out))
     values = [(q - 8) / 64 for q in row]
-    forms = (0, RUN_TWO_KERNELS)  # of up to 2 rows the first is one kernel, where there are such
-    for m, joined, form in itertools.product((1, 2, 5, 12, 70), (False, True), forms):
+    calls = [(m, 0) for m in (1, 2, 5, 12, 70)] + [(m, RUN_ONE_KERNEL) for m in (1, 2)]
+    for (m, form), joined in itertools.product(calls, (False, True)):
         wanted, first = b"", 0
         for width in widths:
             wanted += halves(values[first : first + width]) * m
@@ -376,6 +376,8 @@ def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[
             args.n[i] = n
             args.tactic[i] = AUTO
             args.scales[i] = helper.upload(halves([1 / 64] * (K // GROUP * n)))
+        if library.raw("norm_qkv_supports", ctypes.byref(args)) == Status.ERROR_UNSUPPORTED:
+            continue  # no kernel of this library normalises
         size = library.norm_qkv_workspace(args)
         args.workspace, args.workspace_bytes = helper.upload(bytes(size)), size
         helper.start = partial(library.norm_qkv, args)

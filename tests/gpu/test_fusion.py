@@ -18,7 +18,6 @@ from .library import (
     AUTO,
     RUN_ONE_KERNEL,
     RUN_OVERLAP,
-    RUN_TWO_KERNELS,
     ApiError,
     Library,
     NormQkvArgs,
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 
 LAYER, RMS = 0, 1
 #: The forms of the fused call, as flags.
-FORMS = {"any form": 0, "one kernel": RUN_ONE_KERNEL, "two kernels": RUN_TWO_KERNELS}
+FORMS = {"one kernel": RUN_ONE_KERNEL, "two kernels": 0}
 EPS = 1e-5
 #: Of the error of torch's FP16 norm and matmul: of a whole result, and of each of its rows.
 #: A row has a few hundred elements, whose errors are independent of torch's: the worst of
@@ -305,8 +304,8 @@ class Fused:
     @property
     def limit(self) -> float:
         """GEMV_LIMIT where some projection is multiplied by upstream's GEMV."""
-        if self.args.workspace_bytes == 0:
-            return LIMIT  # one kernel
+        if self.form == RUN_ONE_KERNEL:
+            return LIMIT
         kinds = []
         for n in self.parts:
             w = self.weights
@@ -355,7 +354,7 @@ def if_supported(make: Callable[[], Fused]) -> Fused | None:
 
 
 def forms_of(make: Callable[[int], Fused]) -> list[Fused]:
-    """The call in each form that it can have: one that needs no workspace is of one kernel."""
+    """The call in each form that it can have."""
     found = (if_supported(partial(make, form)) for form in FORMS.values())
     return [made for made in found if made is not None]
 
@@ -494,10 +493,8 @@ def test_every_tactic_can_be_named(library: Library, m: int) -> None:
             for one in (given, narrow)
         ):
             continue
-        for form in (0, RUN_TWO_KERNELS):
-            more: dict[str, Any] = {"tactic": tactic.index, "form": form}
-            made = fused(library, f"named-{m}", m=m, widths=(256, 64, 64), **more)
-            made.check(made.run())
+        made = fused(library, f"named-{m}", m=m, widths=(256, 64, 64), tactic=tactic.index)
+        made.check(made.run())
         ran += 1
     assert ran > 0
 
@@ -695,7 +692,7 @@ def test_one_kernel_gives_what_two_do_up_to_rounding(library: Library, own_norm:
     for m in (1, 2):
         both = [
             fused(library, f"forms-{m}", m=m, hidden=4096, joined=True, form=form)
-            for form in (RUN_ONE_KERNEL, RUN_TWO_KERNELS)
+            for form in (RUN_ONE_KERNEL, 0)
         ]
         one, two = (made.run().double() for made in both)
         assert both[0].args.workspace_bytes == 0
@@ -703,27 +700,29 @@ def test_one_kernel_gives_what_two_do_up_to_rounding(library: Library, own_norm:
         assert norms((one - two).flatten()[None]).item() <= 1e-3 * norms(two.flatten()[None]).item()
 
 
-def test_rows_that_one_kernel_cannot_read_are_normalised_by_another(
+def test_rows_that_one_kernel_cannot_read_are_refused_and_normalised_by_another(
     library: Library, own_norm: list[int]
 ) -> None:
-    made = fused(library, "unaligned", m=2)
+    made = fused(library, "unaligned", m=2, form=RUN_ONE_KERNEL)
     storage = torch.zeros(2 * 1032 + 8, dtype=torch.float16, device=reference.DEVICE)
     aligned = made.x.clone()
     for shift, stride, one in ((0, 1032, True), (3, 1032, False), (0, 1027, False)):
         x = torch.as_strided(storage, (2, 1024), (stride, 1), shift)
         x.copy_(aligned)
-        again = replace(made, x=x)
-        assert (again.args.workspace_bytes == 0) is one
-        again.check(again.run())
-        if not one:
+        if one:
+            again = replace(made, x=x)
+            assert again.args.workspace_bytes == 0
+            again.check(again.run())
+        else:
             with pytest.raises(ApiError, match="by itself") as caught:
-                replace(made, x=x, form=RUN_ONE_KERNEL)
+                replace(made, x=x)
             assert caught.value.status is Status.ERROR_UNSUPPORTED
+        two = replace(made, x=x, form=0)
+        assert two.args.workspace_bytes >= 2 * 1024 * 2
+        two.check(two.run())
 
 
-def test_the_size_of_the_workspace_is_enough_for_any_x_where_none_is_given(
-    library: Library, own_norm: list[int]
-) -> None:
+def test_the_size_of_the_workspace_needs_no_x(library: Library, own_norm: list[int]) -> None:
     made = fused(library, "no x yet", m=2)
     made.args.x = None
     assert library.norm_qkv_workspace(made.args) >= 2 * 1024 * 2
@@ -744,7 +743,6 @@ def test_one_kernel_is_refused_where_none_can(library: Library, own_norm: list[i
 BAD: list[tuple[str, Callable[[NormQkvArgs], None], Status, str]] = [
     ("norm", lambda a: setattr(a, "norm", 2), Status.ERROR_INVALID_ARGUMENT, "norm is 2"),
     ("flags", lambda a: setattr(a, "flags", 8), Status.ERROR_INVALID_ARGUMENT, "flags is 8"),
-    ("forms", lambda a: setattr(a, "flags", 6), Status.ERROR_INVALID_ARGUMENT, "flags is 6"),
     ("eps", lambda a: setattr(a, "eps", -1.0), Status.ERROR_INVALID_ARGUMENT, "eps is -1"),
     ("eps nan", lambda a: setattr(a, "eps", math.nan), Status.ERROR_INVALID_ARGUMENT, "eps"),
     ("rows", lambda a: setattr(a, "m", -1), Status.ERROR_INVALID_ARGUMENT, "m is -1"),
@@ -771,7 +769,7 @@ BAD: list[tuple[str, Callable[[NormQkvArgs], None], Status, str]] = [
 def test_what_makes_no_sense_is_refused_before_anything_is_launched(
     library: Library, spoil: Callable[[NormQkvArgs], None], status: Status, text: str
 ) -> None:
-    made = fused(library, "refused", m=2, form=RUN_TWO_KERNELS)
+    made = fused(library, "refused", m=2)
     made.arm()
     spoil(made.args)
     with pytest.raises(ApiError, match=text) as caught:

@@ -85,7 +85,8 @@ def test_every_way_to_deal_out_stages_is_right_and_gives_the_same_bits_again(
             found = outcomes[0].view(torch.float16).view(exact.shape)
             peer = reference.torch_product(a, weights, bias)
             error = reference.relative_error(found, exact)
-            allowed = 1.05 * reference.relative_error(peer, exact) + 1e-4
+            few = (m * n) ** -0.5  # what roundings of so many outputs scatter by
+            allowed = (1.05 + few) * reference.relative_error(peer, exact)
             results.append((f"{name}: error", error <= allowed))
             results.append((f"{name}: guard bands", c.intact() == 1))
             results += [(f"{name}: bits", (other == outcomes[0]).all()) for other in outcomes[1:]]

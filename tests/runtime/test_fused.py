@@ -21,7 +21,6 @@ from w4a16.library import (
     LIBRARY,
     RUN_ONE_KERNEL,
     RUN_OVERLAP,
-    RUN_TWO_KERNELS,
     Device,
     GptqArgs,
     Norm,
@@ -350,11 +349,9 @@ class HostLaunches:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
-        #: Whether a kernel normalises by itself, unless two are asked for.
-        self.normalizes = False
 
     def workspace(self, args: NormQkvArgs) -> int:
-        if self.normalizes and not args.flags & RUN_TWO_KERNELS:
+        if args.flags & RUN_ONE_KERNEL:
             return 0
         LIBRARY.check_norm_qkv(args)
         return 1024
@@ -471,7 +468,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> HostLaunches:
     monkeypatch.setattr(LIBRARY, "norm_qkv", made.norm_qkv)
     monkeypatch.setattr(LIBRARY, "normalize_rows", made.normalize)
     monkeypatch.setattr(LIBRARY, "gptq_linear", made.gptq_linear)
-    fused_ops._joins.cache_clear()
+    fused_ops._few_tiles.cache_clear()
     return made
 
 
@@ -498,7 +495,7 @@ def test_a_launch_computes_what_the_reference_does(
     assert launch["split"] == ([] if join == 0 else [48, 32, 16])
 
 
-def test_the_library_chooses_the_tactic_where_its_kernel_normalises(
+def test_the_library_chooses_the_tactic_where_its_kernel_is_to_normalise(
     host: HostLaunches, ln: Any
 ) -> None:
     _, arguments = operator(fuse(case(96)))
@@ -508,12 +505,9 @@ def test_the_library_chooses_the_tactic_where_its_kernel_normalises(
         OPS._qkv_cuda(Norm.LAYER, torch.randn(m, K).half(), *ln, EPS, *arguments, *options)
         return host.seen[-1]["form"], host.seen[-1]["tactics"]
 
-    assert form(4) == (RUN_TWO_KERNELS, [planned])
-    host.normalizes = True
-    assert form(4) == (0, [-1])
-    assert form(4, -1, -1, 1) == (RUN_ONE_KERNEL, [-1])
-    assert form(4, -1, -1, 0) == (RUN_TWO_KERNELS, [planned])
-    assert form(5) == (0, [planned])
+    assert form(4) == (0, [planned])
+    assert form(4, -1, -1, True) == (RUN_ONE_KERNEL, [-1])
+    assert form(4, 0, -1, True) == (RUN_ONE_KERNEL, [0])
     assert form(4, 0) == (0, [0])
 
 
@@ -638,9 +632,20 @@ def test_without_rows_nothing_is_launched(host: HostLaunches) -> None:
     assert not host.seen
 
 
-def test_projections_are_joined_where_all_of_them_have_few_tiles(host: HostLaunches) -> None:
-    assert fused_ops._joins(0, 1, (4096, 4096, 4096))
-    assert fused_ops._joins(0, 512, (4096, 4096, 4096))
-    assert fused_ops._joins(0, 1024, (4096, 1024, 1024))
-    assert not fused_ops._joins(0, 2048, (4096, 1024, 1024))
-    assert not fused_ops._joins(0, 1024, (4096, 4096, 4096))
+def test_projections_are_joined_where_they_have_few_tiles_or_need_no_copy(
+    host: HostLaunches,
+) -> None:
+    weight, _ = operator(fuse(case(96)))
+    gemm = next(tactic.index for tactic in LIBRARY.tactics if tactic.kind == "gemm")
+
+    def joins(m: int, *widths: int, tactic: int = gemm) -> bool:
+        packed: Any = weight
+        return fused_ops._joins(0, m, widths, packed, tactic)
+
+    assert joins(1, 4096, 4096, 4096)
+    assert joins(512, 4096, 4096, 4096)
+    assert joins(1024, 4096, 1024, 1024)
+    assert not joins(2048, 4096, 1024, 1024)
+    assert not joins(1024, 4096, 4096, 4096)
+    decode = next(tactic.index for tactic in LIBRARY.tactics if tactic.kind == "decode")
+    assert joins(2048, 4096, 1024, 1024, tactic=decode)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import timeit
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from w4a16 import cache, tables, tactics
 from w4a16.errors import ArgumentError, UnsupportedError, W4A16Warning
-from w4a16.library import LIBRARY, Problem, QuantOp
+from w4a16.library import LIBRARY, Problem, QuantOp, Tactic
 from w4a16.tables import Case, Table
 
 from .tactics_fakes import FakeLibrary, decode, key
@@ -61,6 +63,55 @@ def planned(case: Case, m: int, device: int = 0) -> tactics.Plan:
 
 
 # ---- The order ----
+
+
+def with_tactics(library: FakeLibrary, *added: Callable[[int], Tactic]) -> list[str]:
+    """Their names, in the library as well now."""
+    first = len(library.tactics)
+    made = [make(first + i) for i, make in enumerate(added)]
+    library.tactics = (*library.tactics, *made)
+    library.tactic_index.update({tactic.name: tactic.index for tactic in made})
+    return [tactic.name for tactic in made]
+
+
+def test_a_product_that_is_to_be_split_takes_a_tactic_that_splits_it_unless_that_is_far_slower(
+    library: FakeLibrary, tmp_path: Path
+) -> None:
+    (splitting,) = with_tactics(library, lambda index: decode(index, 64, 64))
+
+    def chosen(k: int, slowdown: float, fused: int = 3) -> str:
+        case = PLAIN._replace(k=k)
+        ship(tmp_path, {case: {1024: {WIDE: 10.0, splitting: 10.0 * slowdown}}})
+        problem = Problem(quant_op=case.quant_op, m=1024, n=case.n, k=k, group_size=128)
+        return library.tactics[tactics.choose(0, problem, fused).tactic].name
+
+    assert chosen(4096, 1.07) == splitting
+    assert chosen(4096, 1.07, fused=1) == WIDE
+    assert chosen(4096, 1.07, fused=0) == WIDE
+    assert chosen(4096, 1.12) == WIDE
+    assert chosen(16384, 1.07) == WIDE
+
+
+def test_behind_a_norm_ctas_that_would_pile_up_on_sms_count_as_slower(
+    library: FakeLibrary, tmp_path: Path
+) -> None:
+    def two_an_sm(index: int, rows: int) -> Tactic:
+        made = decode(index, rows, 8)
+        return replace(made, name=f"{made.name}:o2")
+
+    names = with_tactics(library, *(partial(two_an_sm, rows=rows) for rows in (32, 48)))
+    narrow, wide = names
+
+    def chosen(n: int, fused: int = 3) -> str:
+        case = PLAIN._replace(n=n)
+        ship(tmp_path, {case: {1: {narrow: 5.0, wide: 5.2}}})
+        problem = Problem(quant_op=case.quant_op, m=1, n=n, k=case.k, group_size=128)
+        return library.tactics[tactics.choose(0, problem, fused).tactic].name
+
+    assert chosen(6144, fused=0) == narrow
+    assert chosen(6144) == wide  # 128 CTAs, not 192
+    assert chosen(4096) == narrow  # 128 CTAs
+    assert chosen(12288) == narrow  # both are more than there are SMs
 
 
 def test_with_no_table_the_librarys_own_rule_decides(library: FakeLibrary) -> None:

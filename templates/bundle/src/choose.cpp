@@ -61,10 +61,6 @@ const DecodeTactic *cheapest_normalizing(const Problem &problem, int sm_count) {
     return best;
 }
 
-// Every SM normalises all rows.  With so many columns on the busiest one, times rows, a kernel for the norm and the wait
-// for it take less time.
-constexpr std::int64_t most_normalized = 128;
-
 std::int32_t index_of(const DecodeTactic &tactic) {
     return first_decode_tactic() + static_cast<std::int32_t>(&tactic - decode_tactics.first);
 }
@@ -130,14 +126,13 @@ int distance(const GemmTactic &tactic, int tile_n, int tile_m) {
 
 } // namespace
 
-bool choose_normalizing(const Problem &problem, int sm_count, bool at_any_cost, std::int32_t &index) {
+bool choose_normalizing(const Problem &problem, int sm_count, std::int32_t &index) {
     const DecodeTactic *const found = cheapest_normalizing(problem, sm_count);
     if (found == nullptr) {
         return false;
     }
     index = index_of(*found);
-    const std::int64_t tiles = ceil_div(ceil_div(problem.n, decode_rows(*found)), sm_count); // of an SM
-    return at_any_cost || tiles * decode_rows(*found) * problem.m <= most_normalized;
+    return true;
 }
 
 w4a16_status choose(const Problem &problem, int sm_count, std::int32_t &index) {

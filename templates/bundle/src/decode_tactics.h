@@ -19,9 +19,6 @@ std::size_t decode_workspace(const DecodeTactic &tactic, const Problem &problem,
 // Of W: how many columns a CTA computes.
 int decode_rows(const DecodeTactic &tactic);
 
-// Whether CTAs of a product that starts early should all find an SM to themselves, though two fit.
-bool decode_wants_free_sms(const DecodeTactic &tactic, int n, int sm_count);
-
 // Whether it has a kernel that normalises the problem's rows itself, and what that costs: how many columns of W the
 // busiest SM could stream instead.  Negative: it has none.
 std::int64_t decode_normalizing_cost(const DecodeTactic &tactic, const Problem &problem, int sm_count);

@@ -41,11 +41,9 @@ struct Call {
 };
 
 w4a16_status check_fusion_flags(std::uint32_t flags) {
-    constexpr std::uint32_t forms = W4A16_RUN_ONE_KERNEL | W4A16_RUN_TWO_KERNELS;
-    if ((flags & ~(W4A16_RUN_OVERLAP | forms)) != 0 || (flags & forms) == forms) {
+    if ((flags & ~(W4A16_RUN_OVERLAP | W4A16_RUN_ONE_KERNEL)) != 0) {
         return fail(W4A16_ERROR_INVALID_ARGUMENT,
-            "flags is %u, expected W4A16_RUN_OVERLAP, W4A16_RUN_ONE_KERNEL or W4A16_RUN_TWO_KERNELS (not both), or 0",
-            static_cast<unsigned>(flags));
+            "flags is %u, expected W4A16_RUN_OVERLAP, W4A16_RUN_ONE_KERNEL, both, or 0", static_cast<unsigned>(flags));
     }
     return W4A16_OK;
 }
@@ -100,39 +98,32 @@ w4a16_status check_norm_pointers(const void *x, const void *weight, const void *
     return check_named(columns, "columns", -1, 16, true);
 }
 
-// Whether the kernels that normalise by themselves can read the rows: in vectors, and in their own order.  Nothing is
-// known of an x that is yet to come, so what it may need is counted, unless it must not need it.
-bool reads_in_vectors(const w4a16_norm_qkv_args &args, bool asked) {
+// Whether the kernels that normalise by themselves can read the rows: in vectors, and in their own order.
+bool reads_in_vectors(const w4a16_norm_qkv_args &args) {
     const auto vectored = [](const void *pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; };
-    return (args.x != nullptr || asked) && args.columns == nullptr && args.hidden % 8 == 0 && args.x_stride % 8 == 0
-        && vectored(args.x) && vectored(args.ln_weight) && vectored(args.ln_bias);
+    return args.columns == nullptr && args.hidden % 8 == 0 && args.x_stride % 8 == 0 && vectored(args.x)
+        && vectored(args.ln_weight) && vectored(args.ln_bias);
 }
 
-// Has each product's own kernel normalise where that takes less time, or was asked for.
+// Has each product's own kernel normalise, if that was asked for.
 w4a16_status choose_form(const w4a16_norm_qkv_args &args, Call &call) {
-    if (args.m == 0 || (args.flags & W4A16_RUN_TWO_KERNELS) != 0) {
+    if (args.m == 0 || (args.flags & W4A16_RUN_ONE_KERNEL) == 0) {
         return W4A16_OK;
     }
-    const bool asked = (args.flags & W4A16_RUN_ONE_KERNEL) != 0;
-    std::int32_t tactics[most_segments] = {};
-    call.one_kernel = reads_in_vectors(args, asked);
+    call.one_kernel = reads_in_vectors(args);
     for (int i = 0; i < call.count && call.one_kernel; ++i) {
         Problem problem{};
         if (const w4a16_status status = check_problem(&call.segments[i].problem, problem); status != W4A16_OK) {
             return status;
         }
-        tactics[i] = args.tactic[i];
         call.one_kernel = args.tactic[i] != W4A16_AUTO
             ? normalizes(args.tactic[i], problem)
-            : choose_normalizing(problem, sm_count_or_default(), asked, tactics[i]);
+            : choose_normalizing(problem, sm_count_or_default(), call.segments[i].tactic);
     }
-    if (asked && !call.one_kernel) {
+    if (!call.one_kernel) {
         return fail(W4A16_ERROR_UNSUPPORTED,
             "no kernel of these tactics normalises %lld rows of %lld, in this order and alignment, by itself",
             static_cast<long long>(args.m), static_cast<long long>(args.hidden));
-    }
-    for (int i = 0; i < call.count && call.one_kernel; ++i) {
-        call.segments[i].tactic = tactics[i];
     }
     return W4A16_OK;
 }
@@ -287,8 +278,8 @@ decode::Norm norm_of(const w4a16_norm_qkv_args &args) {
 }
 
 // From normalised rows, or with one kernel from x, to c, or with a split to `product`.  Weights were there before the
-// call's first kernel started, so every launch after it may begin early.  What begins early
-// writes to its workspace only when the launches before it are over, so one serves all of them.
+// call's first kernel started, so every launch after it may begin early.  What begins early writes to its workspace only
+// when the launches before it are over, so one serves all of them.
 w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const void *rows, void *product,
     void *workspace, CUstream_st *stream) {
     for (int i = 0; i < call.count; ++i) {
@@ -307,8 +298,11 @@ w4a16_status project(const w4a16_norm_qkv_args &args, const Call &call, const vo
         run.workspace_bytes = call.tactic_bytes;
         const Outputs parts = outputs_of(args);
         const decode::Norm norm = norm_of(args);
-        const w4a16_status status = w4a16::run(segment.tactic, &run, call.splits_at_once ? &parts : nullptr,
-            call.one_kernel ? &norm : nullptr, stream);
+        Part part;
+        part.outputs = call.splits_at_once ? &parts : nullptr;
+        part.norm = call.one_kernel ? &norm : nullptr;
+        part.follows_norm = !call.one_kernel && i == 0;
+        const w4a16_status status = w4a16::run(segment.tactic, &run, part, stream);
         if (status != W4A16_OK) {
             return status;
         }
@@ -385,9 +379,7 @@ w4a16_status w4a16_norm_qkv(const w4a16_norm_qkv_args *args, void *given_stream)
     unsigned char *const product = rows + call.rows_bytes;
     unsigned char *const rest = product + call.product_bytes;
     if (!call.one_kernel) {
-        fusion::Normalization normalization = normalization_of(*args, rows);
-        normalization.release_late
-            = wants_free_sms(call.segments[0].tactic, static_cast<int>(args->n[0]), sm_count);
+        const fusion::Normalization normalization = normalization_of(*args, rows);
         if (const w4a16_status status
             = launched([&] { fusion::normalize_rows(normalization, sm_count, stream); });
             status != W4A16_OK) {

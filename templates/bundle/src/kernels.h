@@ -43,6 +43,7 @@ struct Launch {
     bool overlap; // W4A16_RUN_OVERLAP
     int sm_count;
     const decode::Norm *norm; // not null: the tactic's kernel normalises these rows, in place of a
+    bool follows_norm;        // launched to overlap a short kernel, which lets it start at once
 };
 
 using LaunchFunction = void (*)(const Launch &launch);

@@ -55,8 +55,7 @@ w4a16_status check_pointers(const w4a16_args &args, const Problem &problem, bool
 
 } // namespace
 
-w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, const decode::Norm *norm,
-    CUstream_st *stream) {
+w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Part &part, CUstream_st *stream) {
     if (const w4a16_status status = check_input(args, "args"); status != W4A16_OK) {
         return status;
     }
@@ -79,7 +78,7 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *out
     if (const w4a16_status status = resolve(tactic, problem, index); status != W4A16_OK) {
         return status;
     }
-    if (const w4a16_status status = check_pointers(*args, problem, norm != nullptr); status != W4A16_OK) {
+    if (const w4a16_status status = check_pointers(*args, problem, part.norm != nullptr); status != W4A16_OK) {
         return status;
     }
     int sm_count = 0;
@@ -102,7 +101,7 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *out
     launch.bias = args->bias;
     launch.c = args->c;
     const int n = problem.n;
-    launch.outputs = outputs != nullptr ? *outputs : Outputs{{args->c, args->c, args->c}, {n, n, n}};
+    launch.outputs = part.outputs != nullptr ? *part.outputs : Outputs{{args->c, args->c, args->c}, {n, n, n}};
     launch.m = problem.m;
     launch.n = problem.n;
     launch.k = problem.k;
@@ -112,7 +111,8 @@ w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *out
     launch.stream = stream;
     launch.overlap = (args->flags & W4A16_RUN_OVERLAP) != 0;
     launch.sm_count = sm_count;
-    launch.norm = norm;
+    launch.norm = part.norm;
+    launch.follows_norm = part.follows_norm;
     return launched([&] { launch_tactic(index, problem, launch); });
 }
 
@@ -166,7 +166,7 @@ w4a16_status w4a16_workspace_size(int32_t tactic, const w4a16_problem *given, si
 }
 
 w4a16_status w4a16_run(int32_t tactic, const w4a16_args *args, void *stream) {
-    return w4a16::run(tactic, args, nullptr, nullptr, static_cast<CUstream_st *>(stream));
+    return w4a16::run(tactic, args, {}, static_cast<CUstream_st *>(stream));
 }
 
 w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *stream) {
@@ -174,5 +174,5 @@ w4a16_status w4a16_run_named(const char *tactic, const w4a16_args *args, void *s
     if (const w4a16_status status = w4a16_find_tactic(tactic, &index); status != W4A16_OK) {
         return status;
     }
-    return w4a16::run(index, args, nullptr, nullptr, static_cast<CUstream_st *>(stream));
+    return w4a16::run(index, args, {}, static_cast<CUstream_st *>(stream));
 }

@@ -167,11 +167,6 @@ bool splits_columns(std::int32_t index) {
     return decode_tactic(index) != nullptr;
 }
 
-bool wants_free_sms(std::int32_t index, int n, int sm_count) {
-    const DecodeTactic *const tactic = decode_tactic(index);
-    return tactic != nullptr && decode_wants_free_sms(*tactic, n, sm_count);
-}
-
 bool normalizes(std::int32_t index, const Problem &problem) {
     const DecodeTactic *const tactic = decode_tactic(index);
     return tactic != nullptr && decode_normalizing_cost(*tactic, problem, 1) >= 0;

@@ -28,13 +28,10 @@ bool is_gemv(std::int32_t index);
 // Whether the tactic can write its columns to several arrays (Launch::outputs).
 bool splits_columns(std::int32_t index);
 
-// Whether it starts best when the kernel before the last one has left the SMs.
-bool wants_free_sms(std::int32_t index, int n, int sm_count);
-
 // Whether the tactic has a kernel that normalises the problem's rows itself (Launch::norm).
 bool normalizes(std::int32_t index, const Problem &problem);
-// The best of those; unless `at_any_cost` only where it takes less time than a kernel for the norm and another one.
-bool choose_normalizing(const Problem &problem, int sm_count, bool at_any_cost, std::int32_t &index);
+// The best of those, if there is one.
+bool choose_normalizing(const Problem &problem, int sm_count, std::int32_t &index);
 
 w4a16_status supports(std::int32_t index, const Problem &problem);
 // Without wording why not, which costs more than finding out.
@@ -48,9 +45,12 @@ void launch_tactic(std::int32_t index, const Problem &problem, const Launch &lau
 bool needs_sm_count(std::int32_t index);
 std::size_t workspace_size(std::int32_t index, const Problem &problem, int sm_count);
 
-// w4a16_run(); `outputs` in place of args->c, for tactics that split columns.  Null: args->c alone.  `norm` in place of
-// args->a, for tactics that normalise.  Null: args->a as it is.
-w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Outputs *outputs, const decode::Norm *norm,
-    CUstream_st *stream);
+// What a product can be besides w4a16_run().
+struct Part {
+    const Outputs *outputs = nullptr;   // in place of args->c, for tactics that split columns
+    const decode::Norm *norm = nullptr; // in place of args->a, for tactics that normalise
+    bool follows_norm = false;          // Launch::follows_norm
+};
+w4a16_status run(std::int32_t tactic, const w4a16_args *args, const Part &part, CUstream_st *stream);
 
 } // namespace w4a16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,9 +97,8 @@ def test_the_call_is_right_for_packed_weights_and_for_checkpoints(
     x = made.x(m)
     poison()
     gemv = any(tactic.kind == "gemv" for tactic in LIBRARY.tactics) and m < 16
-    for joined, one_kernel in itertools.product((None, False, True), (None, False)):
-        form: Any = {"joined": joined, "one_kernel": one_kernel}
-        found = CALLS[norm](x, made.packed, *made.ln, EPS, **form)
+    for joined in (None, False, True):
+        found = CALLS[norm](x, made.packed, *made.ln, EPS, joined=joined)
         made.check(norm, found, x, LIMITS["gemv" if gemv else "gemm"])
     found = CALLS[norm](x, made.plain, *made.ln, EPS, tactic="gptq:plain")
     made.check(norm, found, x, LIMITS["gptq:plain"])
@@ -136,13 +134,9 @@ def test_strides_and_alignment_of_x_do_not_matter(made: Fused) -> None:
         wide[0, : made.k].expand(4, made.k),
     ):
         for given in (made.packed, made.plain):
-            # One kernel for both is for rows that it can read in vectors: it gives other bits.
-            form: Any = {} if isinstance(given, GPTQTensors) else {"one_kernel": False}
-            found = fused.layernorm_qkv(x, given, *made.ln, **form)
-            wanted = fused.layernorm_qkv(x.contiguous().clone(), given, *made.ln, **form)
+            found = fused.layernorm_qkv(x, given, *made.ln)
+            wanted = fused.layernorm_qkv(x.contiguous().clone(), given, *made.ln)
             assert torch.equal(found, wanted)
-            if form:
-                made.check(Norm.LAYER, fused.layernorm_qkv(x, given, *made.ln), x, 8.0)
 
 
 def test_the_same_bits_come_every_time(made: Fused) -> None:
