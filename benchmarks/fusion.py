@@ -260,7 +260,7 @@ class Case:
         import torch
         import w4a16
         from w4a16 import fused
-        from w4a16.library import LIBRARY, GptqArgs
+        from w4a16.library import LIBRARY, RUN_OVERLAP, GptqArgs
 
         x = self.x = self._normal(m, self.hidden).half()
         norm, shape = torch.nn.functional.layer_norm, (self.hidden,)
@@ -270,6 +270,7 @@ class Case:
         def gptq(a: Any, weight: _Weight) -> Any:
             w, out = weight.plain, torch.empty((m, n), dtype=torch.float16, device="cuda")
             args = GptqArgs(
+                flags=RUN_OVERLAP,  # as the fused calls and w4a16.linear have it
                 m=m,
                 k=self.hidden,
                 group_size=GROUP,
