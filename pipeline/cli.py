@@ -1,4 +1,4 @@
-"""The command line: ``python -m pipeline STAGE``, the same options for every stage."""
+"""The command line: ``python -m pipeline STAGE``."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help=__doc__,
+    help="From a release of TensorRT-LLM to a library and a wheel of its W4A16 kernels.",
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -352,7 +352,13 @@ def load_yaml_model(path: Path, model: type[M], *, what: str) -> M:
             f"{what} {path} does not exist",
             hint="give an existing file with --config; configs/ holds the ones that ship",
         ) from error
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise ProfileError(
+            f"{what} {path} cannot be read",
+            details=str(error),
+            hint="give a file that can be read with --config",
+        ) from error
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # PyYAML lets out the errors of Python's constructors too (!!int "", 2024-13-45).
         raise ProfileError(
             f"{what} {path} cannot be read", details=repr(error), hint="mend the file's YAML"

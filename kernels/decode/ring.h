@@ -65,8 +65,6 @@ struct Ring {
     }
 };
 
-// Shared memory of a CTA where `ctas_per_sm` of them share an SM.
-
 constexpr int stages_that_fit(int stage_bytes, int ctas_per_sm) {
     constexpr int most = 24; // more than the latency of memory can use
     const int fit = shared_bytes_of_a_cta(ctas_per_sm) / stage_bytes;

@@ -27,7 +27,8 @@ except ImportError:  # not on Linux: a rename is still atomic, but two writers m
     fcntl = None  # type: ignore[assignment]
 
 ENVIRONMENT = "W4A16_CACHE"
-_OFF = ("off", "0", "no", "false", "none")
+#: Values of an environment variable that switch off what it is about.
+OFF = ("off", "0", "no", "false", "none")
 _PATIENCE = 20.0
 
 
@@ -53,7 +54,7 @@ def folder() -> tuple[Path | None, str]:
     ``W4A16_CACHE=off`` turns the cache off.
     """
     given = os.environ.get(ENVIRONMENT, "").strip()
-    if given.lower() in _OFF:
+    if given.lower() in OFF:
         return None, f"off ({ENVIRONMENT}={given})"
     if given:
         return Path(given).expanduser().absolute(), ""

@@ -289,8 +289,13 @@ def parse_size(text: str) -> int:
     :class:`w4a16.ArgumentError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
     if match is None:
-        raise ArgumentError(f"size is {text!r:.40}: expected a number of bytes, such as 5GB")
-    return int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+        raise ArgumentError(
+            f"--shard-size is {text!r:.40}: expected a number of bytes, such as 5GB"
+        )
+    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
+    if size < 1:
+        raise ArgumentError(f"--shard-size is {text!r:.40}: expected 1 byte or more, such as 5GB")
+    return size
 
 
 def register(app: typer.Typer) -> None:

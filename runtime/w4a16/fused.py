@@ -45,9 +45,10 @@ def layernorm_qkv(
     ``tactic`` is a name or an index of :func:`w4a16.tactic_names` for all projections; None takes
     the fastest one known for each. For :class:`GPTQTensors` the only one is ``gptq:plain``.
     ``joined`` runs one product over all columns and splits it, in place of one product for each
-    projection; None lets the sizes decide. ``one_kernel`` has each product's kernel normalise the
-    rows by itself, which some for few rows can; by default a kernel of its own does that, which
-    takes less time unless overlap is off (:func:`w4a16.set_overlap`).
+    projection; None lets the sizes and the tactic decide. ``one_kernel`` has each product's kernel
+    normalise the rows by itself, which some for few rows can; by default a kernel of its own does
+    that, which takes less time unless overlap is off (:func:`w4a16.set_overlap`) and there are 1 or
+    2 rows of up to 2048.
 
     Nothing waits for the GPU; all memory comes from torch's allocator, and calls may be captured
     into a CUDA graph. On a CPU it is a slow reference.
@@ -97,6 +98,7 @@ def _call(
             f"weight is a {type(weight).__name__}: expected a FusedQKV (w4a16.fused.fuse_qkv makes"
             " it) or a GPTQTensors"
         )
+    _check_options(eps, ln_weight, ln_bias, joined, one_kernel, torch.Tensor)
     from w4a16 import fused_ops
 
     if out is None:
@@ -109,9 +111,32 @@ def _call(
     return out
 
 
+def _check_options(
+    eps: Any, ln_weight: Any, ln_bias: Any, joined: Any, one_kernel: Any, tensor: type
+) -> None:
+    """What torch's dispatcher would refuse with the operator's signature."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise ArgumentError(f"eps is {eps!r:.40}: expected a number")
+    for name, value in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if value is not None and not isinstance(value, tensor):
+            raise ArgumentError(
+                f"{name} is a {type(value).__name__}: expected a torch tensor, or None"
+            )
+    if joined is not None and not isinstance(joined, bool):
+        raise ArgumentError(f"joined is {joined!r:.40}: expected True, False or None")
+    if not isinstance(one_kernel, bool):
+        raise ArgumentError(f"one_kernel is {one_kernel!r:.40}: expected True or False")
+
+
 def _targets(out: Any, x: Any, widths: Sequence[int]) -> list[Any]:
     """One tensor for each segment; a view where ``out`` is one buffer."""
-    given = list(out)  # a tensor: along its first dimension
+    try:
+        given = list(out)  # a tensor: along its first dimension
+    except TypeError:
+        raise ArgumentError(
+            f"out is a {type(out).__name__}: expected {len(widths)} tensors, one for each"
+            " projection"
+        ) from None
     if len(given) != len(widths):
         raise ArgumentError(
             f"out is {len(given)} tensors: expected {len(widths)}, one for each projection, or one"

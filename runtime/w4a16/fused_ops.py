@@ -146,13 +146,17 @@ def _request(
     if not torch_ops.is_registered():
         torch_ops.register_torch_ops()
     if isinstance(weight, GPTQTensors):
-        choices = {"joined": (joined, None), "one_kernel": (one_kernel, False)}
-        given = next((f"{k} is {v}" for k, (v, normal) in choices.items() if v is not normal), "")
-        if tactic not in (None, "auto", GPTQ_PLAIN) or given:
-            given = given or f"tactic is {tactic!r}"
+        if joined is not None or one_kernel:
+            given = f"joined is {joined}" if joined is not None else "one_kernel is True"
             raise ArgumentError(
-                f"{given}, but the weight is a checkpoint's own tensors: expected {GPTQ_PLAIN!r}"
-                " or None, or a weight that w4a16.fused.fuse_qkv packed"
+                f"{given}, but the weight is a checkpoint's own tensors, for which there is one"
+                " form: leave joined and one_kernel out, or pass a weight that"
+                " w4a16.fused.fuse_qkv packed"
+            )
+        if tactic not in (None, "auto", GPTQ_PLAIN):
+            raise ArgumentError(
+                f"tactic is {tactic!r}, but the weight is a checkpoint's own tensors: expected"
+                f" {GPTQ_PLAIN!r} or None, or a weight that w4a16.fused.fuse_qkv packed"
             )
         tensors = (weight.qweight, weight.scales, weight.qzeros, weight.g_idx, weight.bias)
         stored_minus_1 = weight.zero_points == "v1"
@@ -331,7 +335,8 @@ def _launch(
     join: int,
     one_kernel: bool,
 ) -> None:
-    """Checked arguments; memory freed here is reused in stream order."""
+    """Checked arguments but the tactic; memory freed here is reused in stream order."""
+    tactic = resolve(tactic)
     m = math.prod(x.shape[:-1])
     if m == 0:
         return

@@ -152,8 +152,7 @@ def _best_in_fused_call(
             return us + (4 * m * n / 3.5e6 if splits else 0)
         rows, tokens, _ = tactic.tile
         ctas = -(-n // rows) * -(-m // tokens) * math.prod(tactic.cluster)
-        pairs = ":o2" in name and ":stream" not in name and ctas > sm_count
-        return us + (0.4 if pairs else 0)
+        return us + (0.4 if ":o2" in name and ctas > sm_count else 0)
 
     return [name for name, _ in sorted(ranked.tactics, key=cost)]
 

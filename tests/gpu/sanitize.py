@@ -338,7 +338,7 @@ def _norms(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper
 def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[Helper]:
     """Of constant rows a one is left, at one place: the product is a row of the weight."""
     widths = (136, 88, 72)
-    one = 700
+    one = 2 * K // 3
     plain = draw.randbytes(K * N // 2)
     row = [plain[one * N // 2 + j // 2] >> 4 * (j % 2) & 15 for j in range(N)]
     out = ctypes.create_string_buffer(K * N // 2)
@@ -376,7 +376,7 @@ def _projections(library: Library, cuda: Cuda, draw: random.Random) -> Iterator[
             args.n[i] = n
             args.tactic[i] = AUTO
             args.scales[i] = helper.upload(halves([1 / 64] * (K // GROUP * n)))
-        if library.raw("norm_qkv_supports", ctypes.byref(args)) == Status.ERROR_UNSUPPORTED:
+        if form and library.raw("norm_qkv_supports", ctypes.byref(args)) != Status.OK:
             continue  # no kernel of this library normalises
         size = library.norm_qkv_workspace(args)
         args.workspace, args.workspace_bytes = helper.upload(bytes(size)), size

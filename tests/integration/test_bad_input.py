@@ -142,6 +142,10 @@ def test_a_profile_that_does_not_exist_is_named(small: Site, tmp_path: Path) -> 
     refused(site, 3, "none.yaml does not exist", "--config")
 
 
+def test_a_profile_that_is_no_file_is_named(small: Site, tmp_path: Path) -> None:
+    refused(small.elsewhere(small.folder, config=tmp_path), 3, str(tmp_path), "--config")
+
+
 def test_a_tile_that_upstream_has_not_is_named_beside_those_it_has(
     small: Site, small_profile: Json, tmp_path: Path
 ) -> None:

@@ -905,5 +905,7 @@ def test_sizes_are_read(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "5 GiB", "1e9", "nan"])
 def test_sizes_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ArgumentError, match="expected a number of bytes"):
+    with pytest.raises(ArgumentError, match=r"--shard-size is .*expected a number of bytes"):
         parse_size(text)
+    with pytest.raises(ArgumentError, match="--shard-size is '0': expected 1 byte or more"):
+        parse_size("0")

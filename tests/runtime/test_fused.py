@@ -297,6 +297,15 @@ ERRORS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         r"ln_bias is float32 \[256\].*expected float16 \[256\]",
     ),
     "eps": (lambda x, w: fused.layernorm_qkv(x, w, eps=-1.0), "eps is -1.0"),
+    "no eps": (lambda x, w: fused.layernorm_qkv(x, w, eps=None), "eps is None"),  # type: ignore[arg-type]
+    "numpy ln": (lambda x, w: fused.layernorm_qkv(x, w, np.ones(K)), "ln_weight is a ndarray"),
+    "joined": (lambda x, w: fused.rmsnorm_qkv(x, w, joined="x"), "joined is 'x'"),  # type: ignore[arg-type]
+    "one kernel": (lambda x, w: fused.rmsnorm_qkv(x, w, one_kernel=None), "one_kernel is None"),  # type: ignore[arg-type]
+    "no outs": (lambda x, w: fused.rmsnorm_qkv(x, w, out=3), "out is a int: expected 3 tensors"),
+    "packed, joined": (
+        lambda x, w: fused.layernorm_qkv(x, plain(case(96)), joined=False),
+        "joined is False.*leave joined and one_kernel out",
+    ),
     "tactic": (lambda x, w: fused.layernorm_qkv(x, w, tactic="none"), "tactic is 'none'"),
     "plain": (lambda x, w: fused.layernorm_qkv(x, w, tactic="gptq:plain"), "the weight is packed"),
     "packed": (
@@ -649,3 +658,14 @@ def test_projections_are_joined_where_they_have_few_tiles_or_need_no_copy(
     assert not joins(1024, 4096, 4096, 4096)
     decode = next(tactic.index for tactic in LIBRARY.tactics if tactic.kind == "decode")
     assert joins(2048, 4096, 1024, 1024, tactic=decode)
+
+
+@pytest.mark.parametrize("tactic", [999, -7])
+@pytest.mark.parametrize("m", [1, 100_000])
+def test_a_tactic_that_there_is_not_is_refused_before_a_launch(
+    m: int, tactic: int, host: HostLaunches
+) -> None:
+    _, arguments = operator(fuse(case(96)))
+    with pytest.raises(w4a16.ArgumentError, match=f"tactic index is {tactic}|tactic is {tactic}"):
+        OPS._qkv_cuda(Norm.LAYER, torch.zeros(m, K).half(), None, None, EPS, *arguments, tactic)
+    assert not host.seen

@@ -612,7 +612,10 @@ def test_nothing_overlaps_where_that_is_off_or_torch_counts_no_changes(
             assert not overlaps(kernels, product.x, *weight, *product.sizes)
 
 
-@pytest.mark.parametrize(("given", "on"), [(None, True), ("", True), ("1", True), ("0", False)])
+@pytest.mark.parametrize(
+    ("given", "on"),
+    [(None, True), ("", True), ("1", True), ("0", False), ("off", False), ("False", False)],
+)
 def test_the_environment_says_whether_launches_overlap(given: str | None, on: bool) -> None:
     code = "import w4a16.overlap; print(w4a16.overlap.enabled)"
     env = {name: value for name, value in os.environ.items() if name != overlap.ENVIRONMENT}
@@ -625,6 +628,11 @@ def test_the_environment_says_whether_launches_overlap(given: str | None, on: bo
         check=True,
     )
     assert done.stdout.strip() == str(on)
+
+
+def test_overlap_is_switched_by_nothing_but_true_and_false() -> None:
+    with pytest.raises(w4a16.ArgumentError, match="on is 'off'"):
+        w4a16.set_overlap("off")  # type: ignore[arg-type]
 
 
 def test_what_is_left_out_is_as_the_packed_weight_says() -> None:

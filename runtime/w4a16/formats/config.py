@@ -434,7 +434,7 @@ def _bits(keys: Mapping[str, Any], name: str, where: str = "") -> None:
     bits = keys.get(name)
     if isinstance(bits, bool) or bits != 4:
         full = f"{where}.{name}" if where else name
-        raise FormatError(f"{full} is {_show(bits)}: supported is 4")
+        raise FormatError(f"{full} is {_show(bits)}: supported is the number 4")
 
 
 def _group_size(keys: Mapping[str, Any], name: str, where: str = "") -> int | None:
