@@ -91,7 +91,7 @@ def _with_torch(path: Path) -> int:
     os.environ["W4A16_LIBRARY"] = str(path)
     environment.find_library()
     torch = environment.load_torch()
-    from w4a16.library import LIBRARY
+    from w4a16.library import LIBRARY, Problem, QuantOp
 
     def empty() -> None:
         torch.cuda._sleep(0)
@@ -103,7 +103,11 @@ def _with_torch(path: Path) -> int:
     with torch.no_grad():
         gemv = LIBRARY.tactic_index.get("gemv")
         gemm = next(tactic.index for tactic in LIBRARY.tactics if tactic.kind == "gemm")
-        for tactic, m in ((gemv, 1), (gemm, 64)):
+        few_rows = Problem(
+            quant_op=QuantOp.GROUP_SCALE_ZERO, m=8, n=_N, k=_K, group_size=_GROUP, has_bias=True
+        )
+        decode = LIBRARY.auto_tactic(few_rows)  # a GEMM tactic in a library without any
+        for tactic, m in ((gemv, 1), (decode, 8), (gemm, 64)):
             if tactic is None:
                 continue
             for act_order in (False, True):
