@@ -56,7 +56,7 @@ def _entry(name: str, value: Any) -> str:
             lines += [f"Fields: {fields}.", ""]
         for key, member in vars(value).items():
             found = getattr(member, "__func__", member)
-            doc = _doc(found)
+            doc = _doc(found) if found.__doc__ else ""  # not what it inherits
             if key.startswith("_") or not doc or not _is_documented(found):
                 continue
             lines += [f"- **`{key}{_signature(found)}`**: {doc}"]

@@ -127,7 +127,10 @@ class Checkpoint:
             raise FormatError(f"{self.path} was made by w4a16 convert: there is nothing to do")
         names, index = _shards(self.path)
         self.config, self.quantization_config = _configuration(self.path)
-        self.quantization = QuantizationConfig.parse(self.quantization_config)
+        try:
+            self.quantization = QuantizationConfig.parse(self.quantization_config)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: {error}") from None
         self.files = {}
         try:
             for name in names:

@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -68,12 +69,14 @@ def _refuse(app: typer.Typer, name: str, error: ImportError) -> None:
 def main() -> NoReturn:
     """Runs the program."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # of an encoding that lacks some of our characters
+            stream.reconfigure(errors="replace")
     try:
         build()()
     except (W4A16Error, ImportError, OSError) as error:
         if os.environ.get("W4A16_DEBUG") == "1":
             raise
-        _silence_pipe(error)
         print(f"w4a16: error: {_line(error)}", file=sys.stderr)
         raise SystemExit(exit_code(error)) from None
     raise SystemExit(0)
@@ -91,13 +94,6 @@ def exit_code(error: Exception) -> int:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return f"{text} (w4a16 doctor says more)" if isinstance(error, ImportError) else text
-
-
-def _silence_pipe(error: Exception) -> None:
-    """Ends quietly where the reader of the output has gone, as `w4a16 info | head` does."""
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141)
 
 
 def _show_warning(

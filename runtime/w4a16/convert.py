@@ -214,6 +214,27 @@ def _check_folders(source: Path, target: Path) -> None:
             f"{target} exists, and w4a16 convert did not make it, so it is not replaced: give"
             " another folder, or remove it yourself"
         )
+    if is_converted(target):
+        _check_own(target)
+
+
+def _check_own(target: Path) -> None:
+    """A converted folder that is replaced must hold nothing else: that would be lost."""
+    try:
+        with open_converted(target) as converted:
+            own = {MANIFEST, *converted.manifest.files}
+    except FormatError as error:
+        raise ArgumentError(
+            f"{target} exists, and what it holds is not known, so it is not replaced: give another"
+            f" folder, or remove it yourself ({error})"
+        ) from None
+    found = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted({path.relative_to(target).as_posix() for path in found} - own)
+    if others:
+        raise ArgumentError(
+            f"{target} exists, and holds {others[0]}, which w4a16 convert did not write: move it"
+            " elsewhere, or give another folder"
+        )
 
 
 def _inputs(
@@ -292,10 +313,10 @@ def parse_size(text: str) -> int:
         raise ArgumentError(
             f"--shard-size is {text!r:.40}: expected a number of bytes, such as 5GB"
         )
-    size = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " "))
-    if size < 1:
-        raise ArgumentError(f"--shard-size is {text!r:.40}: expected 1 byte or more, such as 5GB")
-    return size
+    size = float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")
+    if not 1 <= size <= 2**63:
+        raise ArgumentError(f"--shard-size is {text!r:.40}: expected 1 byte to 2**63, such as 5GB")
+    return int(size)
 
 
 def register(app: typer.Typer) -> None:

@@ -15,7 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from w4a16.errors import from_status
+from w4a16.errors import ArgumentError, from_status
 
 API_VERSION = 3
 AUTO = -1
@@ -667,6 +667,10 @@ def find_library() -> Path:
 
 
 def _problem(problem: Problem) -> _Problem:
+    for name in ("m", "n", "k", "group_size"):
+        value = getattr(problem, name)
+        if not -(2**63) <= value < 2**63:  # else ctypes takes what is left of it
+            raise ArgumentError(f"{name} is {value!r:.40}: expected 0 to 2147483647")
     return _Problem(
         quant_op=int(problem.quant_op),
         m=problem.m,

@@ -203,7 +203,8 @@ def _modules(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def _skipped(name: str, skip: Collection[str]) -> bool:
-    return any(fnmatchcase(name, item) or f".{name}".endswith(f".{item}") for item in skip)
+    items = (skip,) if isinstance(skip, str) else skip  # not its characters
+    return any(fnmatchcase(name, item) or f".{name}".endswith(f".{item}") for item in items)
 
 
 def _some(names: Sequence[str]) -> str:

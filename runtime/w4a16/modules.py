@@ -100,12 +100,25 @@ class W4A16Linear(nn.Module):
         it, as :func:`w4a16.pack` raises. ``k`` and ``n`` are the padded sizes; by default
         ``in_features`` rounded up to whole groups and multiples of 64, and ``out_features`` to 8.
         """
-        for size, value in (("in_features", in_features), ("out_features", out_features)):
+        sizes = {"in_features": in_features, "out_features": out_features, "k": k, "n": n}
+        for size, value in sizes.items():
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{size} is {value!r}: expected an integer from 1 up")
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < -1:
+            raise ArgumentError(
+                f"group_size is {group_size!r}: expected a positive number, or 0 or -1 for one"
+                " scale a column"
+            )
         unit = math.lcm(K_MULTIPLE, group_size) if group_size > 0 else K_MULTIPLE
         k = round_up(in_features, unit) if k is None else k
         n = round_up(out_features, N_MULTIPLE) if n is None else n
+        if k < in_features or k % unit or n < out_features or n % N_MULTIPLE:
+            raise ArgumentError(
+                f"k is {k} and n is {n}: expected multiples of {unit} and {N_MULTIPLE}, from"
+                f" in_features = {in_features} and out_features = {out_features} on"
+            )
         groups = (k // group_size, n) if group_size > 0 else (1, n)
         require_kernel(
             n,
@@ -135,6 +148,7 @@ class W4A16Linear(nn.Module):
         return PackedWeight(**arrays, in_features=self.in_features, out_features=self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x @ W + bias`` as :func:`w4a16.linear` has it: float16 ``[..., out_features]``."""
         # Each attribute that is a buffer costs a call of nn.Module.__getattr__, and each argument
         # that is not left out a conversion.
         buffers = self._buffers
@@ -155,7 +169,7 @@ class W4A16Linear(nn.Module):
             f"out_features={self.out_features}",
             f"group_size={packed.group_size or packed.k}",
             f"zeros={packed.zeros is not None}",
-            f"act_order={packed.columns is not None}",
+            f"columns={packed.columns is not None}",
             f"bias={packed.bias is not None}",
         ]
         return ", ".join(parts)
@@ -186,6 +200,11 @@ class W4A16Linear(nn.Module):
             for name, dtype in _DTYPES.items()
             if isinstance(given := state_dict.get(prefix + name), Tensor) and given.dtype != dtype
         ]
+        columns = state_dict.get(prefix + "columns")
+        if not wrong and isinstance(columns, Tensor) and not columns.is_meta:
+            used = int((columns >= 0).sum())
+            if used != self.in_features:
+                wrong = [f"{prefix}columns is of {used} inputs: expected {self.in_features}"]
         if wrong:
             error_msgs.extend(wrong)
             return

@@ -158,10 +158,10 @@ def unpack(packed: PackedWeight) -> Unpacked:
     """The exact inverse of :func:`pack`: original order of rows, no padding.
 
     ``pack(q=u.q, scales=u.scales, zeros=u.zeros, g_idx=u.g_idx, bias=u.bias,
-    group_size=u.group_size)`` makes the same bytes again if the zero points were integers. Arrays
-    are of the framework and on the device of ``packed``; there the work is done, for
-    :class:`w4a16.DeviceArray` on the host. Raises :class:`w4a16.ArgumentError` for a weight whose
-    arrays do not fit together.
+    group_size=u.group_size)`` makes the same bytes again if the zero points were integers and no
+    scale is 0. Arrays are of the framework and on the device of ``packed``; there the work is done,
+    for :class:`w4a16.DeviceArray` on the host. Raises :class:`w4a16.ArgumentError` for a weight
+    whose arrays do not fit together.
     """
     place, views = _opened(packed)
     with place.active(), place.backend.ignoring_overflow():

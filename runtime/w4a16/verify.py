@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w4a16.converted import open_converted
+from w4a16.errors import FormatError
 
 if TYPE_CHECKING:
     import typer
@@ -18,8 +19,15 @@ def register(app: typer.Typer) -> None:
 
     @app.command("verify")
     def command(out_dir: str = folder) -> None:
-        """Read every file of a converted folder, and compare it with its digest."""
+        """Read every file of a converted folder, and compare it with its digest.
+
+        Exits with 1 if one differs.
+        """
         with open_converted(out_dir) as converted:
-            converted.verify()
             files = converted.manifest.files
+            try:
+                converted.verify()
+            except FormatError as error:
+                typer.echo(f"w4a16: error: {error}", err=True)
+                raise typer.Exit(1) from None
         typer.echo(f"{out_dir}: {len(files)} files are as they were written")

@@ -149,6 +149,7 @@ def test_modules_to_skip_are_left(tmp_path: Path) -> None:
     for skip, left in (
         (["model.layers.0.mlp.up_proj"], {"model.layers.0.mlp.up_proj"}),
         (["up_proj"], {name for name in LINEARS if name.endswith("up_proj")}),
+        ("up_proj", {name for name in LINEARS if name.endswith("up_proj")}),
         (["model.layers.1.*"], {name for name in LINEARS if ".1." in name}),
         (["layers.1.*", "p_proj", "1"], set()),
     ):

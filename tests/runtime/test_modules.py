@@ -98,6 +98,14 @@ def test_a_state_dict_of_other_dtypes_is_refused_not_converted() -> None:
     assert same(module, before)
 
 
+def test_a_state_dict_of_another_number_of_inputs_is_refused() -> None:
+    module = layer("padded")  # 100 inputs in 128
+    state = dict(module.state_dict())
+    state["columns"] = torch.arange(128, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="columns is of 128 inputs: expected 100"):
+        module.load_state_dict(state)
+
+
 def test_a_state_dict_of_another_kind_is_refused() -> None:
     with pytest.raises(RuntimeError, match="columns"):
         layer("symmetric").load_state_dict(layer("act-order").state_dict())
@@ -147,7 +155,7 @@ def test_it_has_no_parameters_and_says_what_it_is() -> None:
     module = layer("padded")
     assert not list(module.parameters())
     assert repr(module) == (
-        "W4A16Linear(in_features=100, out_features=21, group_size=64, zeros=True, act_order=True,"
+        "W4A16Linear(in_features=100, out_features=21, group_size=64, zeros=True, columns=True,"
         " bias=True)"
     )
 
@@ -180,6 +188,25 @@ def test_arrays_that_do_not_fit_together_make_no_module() -> None:
 def test_an_empty_module_of_no_size_is_refused_by_name(sizes: tuple[Any, Any]) -> None:
     with pytest.raises(w4a16.ArgumentError, match=r"(in|out)_features is .*: expected an integer"):
         W4A16Linear.empty(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"group_size": -5}, "group_size is -5"),
+        ({"group_size": True}, "group_size is True"),
+        ({"group_size": "64"}, "group_size is '64'"),
+        ({"k": 63}, "k is 63 and n is 24: expected multiples of 128 and 8"),
+        ({"k": 192}, "k is 192"),
+        ({"n": 25}, "n is 25"),
+        ({"n": 16}, "n is 16"),
+    ],
+)
+def test_an_empty_module_of_sizes_that_do_not_fit_is_refused(
+    given: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(w4a16.ArgumentError, match=text):
+        W4A16Linear.empty(128, 24, **given)
 
 
 @pytest.mark.parametrize("group_size", [32, 48, 96, 64, 128, 0, -1])
