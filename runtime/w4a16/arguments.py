@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError
@@ -20,6 +20,13 @@ def at_least(name: str, value: float | None, least: int) -> None:
     """Raises :class:`w4a16.ArgumentError` for a number on the command line that is too small."""
     if value is not None and value < least:
         raise ArgumentError(f"{name} is {value:g}: expected {least} or more")
+
+
+def is_group_size(value: Any, per_column: Sequence[int] = (-1,)) -> TypeGuard[int]:
+    """Whether it is a positive integer, or one of those that stand for one scale a column."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value > 0 or value in per_column
 
 
 class Argument(NamedTuple):

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from w4a16.errors import FormatError, W4A16Error
 from w4a16.files import OutputError, open_regular, replace_file
+from w4a16.switches import is_off
 from w4a16.tables import LARGEST_FILE, Entries, Key, Table, dumps, loads, merged, slug
 
 try:
@@ -27,8 +28,6 @@ except ImportError:  # not on Linux: a rename is still atomic, but two writers m
     fcntl = None  # type: ignore[assignment]
 
 ENVIRONMENT = "W4A16_CACHE"
-#: Values of an environment variable that switch off what it is about.
-OFF = ("off", "0", "no", "false", "none")
 _PATIENCE = 20.0
 
 
@@ -54,7 +53,7 @@ def folder() -> tuple[Path | None, str]:
     ``W4A16_CACHE=off`` turns the cache off.
     """
     given = os.environ.get(ENVIRONMENT, "").strip()
-    if given.lower() in OFF:
+    if is_off(given):
         return None, f"off ({ENVIRONMENT}={given})"
     if given:
         return Path(given).expanduser().absolute(), ""

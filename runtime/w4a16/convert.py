@@ -209,12 +209,12 @@ def _check_folders(source: Path, target: Path) -> None:
         raise ArgumentError(f"the model, {source}, is in {target}: give another folder")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ArgumentError(f"{target} exists and is no folder: give another name")
-    if target.is_dir() and any(target.iterdir()) and not is_converted(target):
-        raise ArgumentError(
-            f"{target} exists, and w4a16 convert did not make it, so it is not replaced: give"
-            " another folder, or remove it yourself"
-        )
-    if is_converted(target):
+    if target.is_dir() and any(target.iterdir()):
+        if not is_converted(target):
+            raise ArgumentError(
+                f"{target} exists, and w4a16 convert did not make it, so it is not replaced: give"
+                " another folder, or remove it yourself"
+            )
         _check_own(target)
 
 

@@ -390,9 +390,9 @@ def _workspace(device: int, args: NormQkvArgs, weight: _Packed) -> int:
     """The bytes that the call needs; tactics are chosen here, but those that normalise."""
     if args.tactic[0] != AUTO or args.flags & RUN_ONE_KERNEL:
         return LIBRARY.norm_qkv_workspace(args)
+    outputs = sum(part > 0 for part in args.split) or 1
     for i, n in enumerate(args.n):
         if n > 0:
-            outputs = sum(part > 0 for part in args.split) or 1
             args.tactic[i] = _planned(device, args.m, n, weight, outputs)
     return LIBRARY.norm_qkv_workspace(args)
 

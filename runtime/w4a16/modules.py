@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from w4a16 import packing
-from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight, round_up
+from w4a16.arguments import K_MULTIPLE, N_MULTIPLE, check_weight, is_group_size, round_up
 from w4a16.errors import ArgumentError
 from w4a16.formats.config import ZeroPoints
 from w4a16.packed import PackedWeight, require_packed
@@ -106,7 +106,7 @@ class W4A16Linear(nn.Module):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{size} is {value!r}: expected an integer from 1 up")
-        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < -1:
+        if not is_group_size(group_size, per_column=(0, -1)):
             raise ArgumentError(
                 f"group_size is {group_size!r}: expected a positive number, or 0 or -1 for one"
                 " scale a column"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-from w4a16.cache import OFF
 from w4a16.errors import ArgumentError
+from w4a16.switches import is_off
 
 ENVIRONMENT = "W4A16_OVERLAP"
 
 #: Read in every launch.
-enabled: bool = os.environ.get(ENVIRONMENT, "").strip().lower() not in OFF
+enabled: bool = not is_off(os.environ.get(ENVIRONMENT, ""))
 
 
 def set_overlap(on: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from w4a16 import arrays
-from w4a16.arguments import Argument, check_weight
+from w4a16.arguments import Argument, check_weight, is_group_size
 from w4a16.arrays import View
 from w4a16.errors import ArgumentError, W4A16Warning
 from w4a16.formats import values
@@ -204,11 +204,7 @@ def _request(
         raise ArgumentError(f"format is {format!r}: expected one of {', '.join(FORMATS)}")
     if zero_points not in (None, "v1", "v2"):
         raise ArgumentError(f"zero_points is {zero_points!r}: expected 'v1', 'v2' or None")
-    if group_size is not None and (
-        isinstance(group_size, bool)
-        or not isinstance(group_size, int)
-        or (group_size < 1 and group_size != -1)
-    ):
+    if group_size is not None and not is_group_size(group_size):
         raise ArgumentError(
             f"group_size is {group_size!r}: expected a positive number, or -1 for one scale a"
             " column"

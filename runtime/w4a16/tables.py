@@ -272,10 +272,15 @@ def fill(tactic: Tactic, n: int, m: int, sm_count: int) -> float:
     """The part of its waves of CTAs that a ping-pong GEMM fills; 1 for all others."""
     if tactic.kind != "gemm" or tactic.schedule != "pingpong" or sm_count <= 0:
         return 1.0
-    ctas = _tiles(n, tactic.tile[0], tactic.cluster[0]) * _tiles(
-        m, tactic.tile[1], tactic.cluster[1]
-    )
+    ctas = ctas_of(tactic, n, m)
     return ctas / (-(-ctas // sm_count) * sm_count)
+
+
+def ctas_of(tactic: Tactic, n: int, m: int) -> int:
+    """The CTAs of a GEMM or decode tactic's launch, those that only fill a cluster included."""
+    along_n = _tiles(n, tactic.tile[0], tactic.cluster[0])
+    along_m = _tiles(m, tactic.tile[1], tactic.cluster[1])
+    return along_n * along_m * max(tactic.cluster[2], 1)
 
 
 def _tiles(extent: int, tile: int, cluster: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 import warnings
 from dataclasses import dataclass
@@ -150,9 +149,7 @@ def _best_in_fused_call(
         us = slowdown * best
         if tactic.kind != "decode":
             return us + (4 * m * n / 3.5e6 if splits else 0)
-        rows, tokens, _ = tactic.tile
-        ctas = -(-n // rows) * -(-m // tokens) * math.prod(tactic.cluster)
-        return us + (0.4 if ":o2" in name and ctas > sm_count else 0)
+        return us + (0.4 if ":o2" in name and tables.ctas_of(tactic, n, m) > sm_count else 0)
 
     return [name for name, _ in sorted(ranked.tactics, key=cost)]
 

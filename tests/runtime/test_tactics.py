@@ -50,12 +50,14 @@ def tuned(entries: Any) -> Path:
     return path
 
 
-def chosen(case: Case, m: int, bias: bool = False) -> tuple[str, str]:
+def chosen(
+    case: Case, m: int, bias: bool = False, fused: int = 0, library: FakeLibrary | None = None
+) -> tuple[str, str]:
     problem = Problem(
         quant_op=case.quant_op, m=m, n=case.n, k=case.k, group_size=case.group_size, has_bias=bias
     )
-    choice = tactics.choose(0, problem)
-    return FakeLibrary().tactics[choice.tactic].name, choice.source
+    choice = tactics.choose(0, problem, fused)
+    return (library or FakeLibrary()).tactics[choice.tactic].name, choice.source
 
 
 def planned(case: Case, m: int, device: int = 0) -> tactics.Plan:
@@ -79,17 +81,16 @@ def test_a_product_that_is_to_be_split_takes_a_tactic_that_splits_it_unless_that
 ) -> None:
     (splitting,) = with_tactics(library, lambda index: decode(index, 64, 64))
 
-    def chosen(k: int, slowdown: float, fused: int = 3) -> str:
+    def best(k: int, slowdown: float, fused: int = 3) -> str:
         case = PLAIN._replace(k=k)
         ship(tmp_path, {case: {1024: {WIDE: 10.0, splitting: 10.0 * slowdown}}})
-        problem = Problem(quant_op=case.quant_op, m=1024, n=case.n, k=k, group_size=128)
-        return library.tactics[tactics.choose(0, problem, fused).tactic].name
+        return chosen(case, 1024, fused=fused, library=library)[0]
 
-    assert chosen(4096, 1.07) == splitting
-    assert chosen(4096, 1.07, fused=1) == WIDE
-    assert chosen(4096, 1.07, fused=0) == WIDE
-    assert chosen(4096, 1.12) == WIDE
-    assert chosen(16384, 1.07) == WIDE
+    assert best(4096, 1.07) == splitting
+    assert best(4096, 1.07, fused=1) == WIDE
+    assert best(4096, 1.07, fused=0) == WIDE
+    assert best(4096, 1.12) == WIDE
+    assert best(16384, 1.07) == WIDE
 
 
 def test_behind_a_norm_ctas_that_would_pile_up_on_sms_count_as_slower(
@@ -99,19 +100,17 @@ def test_behind_a_norm_ctas_that_would_pile_up_on_sms_count_as_slower(
         made = decode(index, rows, 8)
         return replace(made, name=f"{made.name}:o2")
 
-    names = with_tactics(library, *(partial(two_an_sm, rows=rows) for rows in (32, 48)))
-    narrow, wide = names
+    narrow, wide = with_tactics(library, *(partial(two_an_sm, rows=rows) for rows in (32, 48)))
 
-    def chosen(n: int, fused: int = 3) -> str:
+    def best(n: int, fused: int = 3) -> str:
         case = PLAIN._replace(n=n)
         ship(tmp_path, {case: {1: {narrow: 5.0, wide: 5.2}}})
-        problem = Problem(quant_op=case.quant_op, m=1, n=n, k=case.k, group_size=128)
-        return library.tactics[tactics.choose(0, problem, fused).tactic].name
+        return chosen(case, 1, fused=fused, library=library)[0]
 
-    assert chosen(6144, fused=0) == narrow
-    assert chosen(6144) == wide  # 128 CTAs, not 192
-    assert chosen(4096) == narrow  # 128 CTAs
-    assert chosen(12288) == narrow  # both are more than there are SMs
+    assert best(6144, fused=0) == narrow
+    assert best(6144) == wide  # 128 CTAs, not 192
+    assert best(4096) == narrow  # 128 CTAs
+    assert best(12288) == narrow  # both are more than there are SMs
 
 
 def test_with_no_table_the_librarys_own_rule_decides(library: FakeLibrary) -> None:
@@ -142,7 +141,7 @@ def test_a_shape_that_no_table_has_takes_the_decode_tactic_of_the_librarys_rule(
     library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ours = len(library.tactics)
-    library.tactics = (*library.tactics, decode(ours, 64, 8))
+    with_tactics(library, lambda index: decode(index, 64, 8))
     monkeypatch.setattr(library, "auto_tactic", lambda problem: ours)
     ship(tmp_path, {PLAIN: {64: {WIDE: 1.0, SMALL: 1.5}}})
     problem = Problem(quant_op=PLAIN.quant_op, m=64, n=4608, k=4096, group_size=128)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from w4a16.arguments import is_group_size
 from w4a16.errors import FormatError
 
 Method = Literal["gptq", "awq", "compressed-tensors"]
@@ -441,7 +442,7 @@ def _group_size(keys: Mapping[str, Any], name: str, where: str = "") -> int | No
     value = keys.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not (value == -1 or value > 0):
+    if not is_group_size(value):
         full = f"{where}.{name}" if where else name
         raise FormatError(
             f"{full} is {_show(value)}: expected a positive number, or -1 for one scale a column"
